@@ -1,0 +1,286 @@
+"""What crosses the line between the frontend process and the engine process.
+
+Every type here is a msgspec struct, encoded as MessagePack; nothing is pickled. The frontend sends
+`Command`s, the engine answers with `EngineMessage`s, batched: one `list` of messages each way per step.
+Protobuf types never reach this file; token ids, not text, are what the engine speaks.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal
+
+import msgspec
+
+
+class FinishReason(enum.IntEnum):
+    """Why a sequence ended; the values equal `lorry.v1.FinishReason`."""
+
+    EOS = 1
+    STOP = 2
+    LENGTH = 3
+    TIME_LIMIT = 4
+    ABORTED = 5
+
+
+class AdapterState(enum.IntEnum):
+    """Where an adapter's bytes are; the values equal `lorry.v1.AdapterState`."""
+
+    REGISTERED = 1
+    LOADING = 2
+    HOST = 3
+    DEVICE = 4
+    DRAINING = 5
+    FAILED = 6
+
+
+class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
+    """One adapter of a request. In answers `revision` is always set."""
+
+    id: str
+    weight: float = 1.0
+    revision: str | None = None
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How the next token is chosen. The defaults switch every part off but plain sampling."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
+    n: int = 1
+
+
+class StoppingParams(msgspec.Struct, frozen=True):
+    """When a sequence ends; stop strings are the frontend's business and end in `Abort`."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    time_limit: float | None = None  # seconds from arrival; soft: what is there is the answer
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """Start a request of `sampling.n` sequences over one prompt."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    stopping: StoppingParams
+    adapters: tuple[AdapterRef, ...] = ()
+    logprobs: int | None = None  # None: none; k: the chosen token and the k most likely
+    prompt_logprobs_from: int | None = None  # report the log-probabilities of prompt tokens from this index on
+    priority: int = 0  # higher first
+    cache_salt: str = ""
+    arrival: float = 0.0  # time.time() in the frontend
+    deadline: float | None = None  # time.time() after which nobody waits for the answer
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """End a request, or one of its sequences; unknown ids are ignored (it may just have ended)."""
+
+    request_id: str
+    index: int | None = None  # None: all
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+    id: str
+    path: str
+    expected_revision: str | None = None
+    pin: bool = False
+    replace: bool = False
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+    id: str
+
+
+class PinAdapter(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+    id: str
+    pinned: bool
+
+
+class GetAdapters(msgspec.Struct, frozen=True, tag=True):
+    """Ask for one adapter (NOT_FOUND when unknown) or, with an empty id, for all of them."""
+
+    call_id: int
+    id: str = ""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Leave the loop and exit with 0."""
+
+
+Command = Generate | Abort | LoadAdapter | UnloadAdapter | PinAdapter | GetAdapters | Shutdown
+
+
+class ErrorInfo(msgspec.Struct, frozen=True):
+    """A domain error on the wire; `kind` names a class of `lorry.server.errors`."""
+
+    kind: str
+    message: str
+    fields: dict[str, str] = {}
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One token of the vocabulary and its natural-log probability."""
+
+    token_id: int
+    logprob: float
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """The log-probability of a token that is in the text, and the most likely ones in its place."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1: it was the most likely token
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Seconds spent by one request: waiting to be scheduled, in prefill, in decoding."""
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """The request runs: its adapters are resident and its prompt has been scheduled."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    adapters: tuple[AdapterRef, ...]
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
+    """Log-probabilities of the prompt's tokens from `Generate.prompt_logprobs_from` on, complete, sent once."""
+
+    request_id: str
+    logprobs: list[TokenLogprobs]
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """New tokens of one sequence; `finish` is set on its last message."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish: FinishReason | None = None
+    timings: Timings | None = None  # with `finish`
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The whole request ended with an error; nothing more of it follows."""
+
+    request_id: str
+    error: ErrorInfo
+
+
+class AdapterInfo(msgspec.Struct, frozen=True):
+    """What the operator sees of one adapter."""
+
+    id: str
+    revision: str
+    rank: int
+    target_modules: tuple[str, ...]
+    state: AdapterState
+    pinned: bool
+    bytes: int
+    in_flight: int
+    methods: tuple[str, ...] = ("lora",)
+    error: str = ""
+
+
+class AdapterReply(msgspec.Struct, frozen=True, tag=True):
+    """The answer to the adapter command that bore `call_id`."""
+
+    call_id: int
+    adapters: list[AdapterInfo] = []
+    error: ErrorInfo | None = None
+
+
+class AdapterEvent(msgspec.Struct, frozen=True, tag=True):
+    """An adapter changed; `removed` when it is no longer known."""
+
+    adapter: AdapterInfo
+    removed: bool = False
+
+
+class Histogram(msgspec.Struct, frozen=True, array_like=True):
+    """Observations of one metric since the last `Stats`."""
+
+    name: str
+    values: list[float]
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """The engine's gauges, and what its counters gained since the last one; at most a few a second."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    adapter_pages_used: int
+    adapter_pages_total: int
+    preemptions: int = 0
+    adapter_loads: dict[str, int] = {}  # by result
+    adapter_evictions: int = 0
+    histograms: list[Histogram] = []
+    adapters_loaded: int = 0
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What the engine serves, measured on the loaded model."""
+
+    name: str
+    architecture: str
+    parameters: int
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    kv_dtype: str
+    adapter_dtype: str
+    device: str
+    bits_per_linear_weight: float
+    weight_bytes: int
+    kv_blocks: int
+    block_size: int
+    adapter_pages: int
+    kernels: str  # which launchers serve: "native", "reference", "triton"
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """First message of an engine: it is loaded and takes requests."""
+
+    model: ModelInfo
+    pid: int
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Progress before `Ready`: how much of `stage` is done."""
+
+    stage: Literal["download", "quantize", "load", "warm up"]
+    done: int
+    total: int
+
+
+EngineMessage = (
+    Started | PromptLogprobs | Tokens | Failed | AdapterReply | AdapterEvent | Stats | Ready | Loading
+)
