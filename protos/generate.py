@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-GRPCIO_TOOLS = "1.81"
+GRPCIO_TOOLS = "1.81.1"
 ROOT = Path(__file__).resolve().parent
 SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 on a difference")
     check = parser.parse_args().check
     version = importlib.metadata.version("grpcio-tools")
-    if not version.startswith(GRPCIO_TOOLS + "."):
+    if version != GRPCIO_TOOLS:
         print(f"grpcio-tools is {version}; the committed modules are made with {GRPCIO_TOOLS}", file=sys.stderr)
         return 1
     if not check:
