@@ -12,6 +12,11 @@ from typing import Literal
 
 import msgspec
 
+from lorry.server.params import SamplingParams as SamplingParams
+from lorry.server.params import StoppingParams as StoppingParams
+from lorry.server.params import TokenLogprob as TokenLogprob
+from lorry.server.params import TokenLogprobs as TokenLogprobs
+
 
 class FinishReason(enum.IntEnum):
     """Why a sequence ended; the values equal `lorry.v1.FinishReason`."""
@@ -40,31 +45,6 @@ class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
     id: str
     weight: float = 1.0
     revision: str | None = None
-
-
-class SamplingParams(msgspec.Struct, frozen=True):
-    """How the next token is chosen. The defaults switch every part off but plain sampling."""
-
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
-    n: int = 1
-
-
-class StoppingParams(msgspec.Struct, frozen=True):
-    """When a sequence ends; stop strings are the frontend's business and end in `Abort`."""
-
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    time_limit: float | None = None  # seconds from arrival; soft: what is there is the answer
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
@@ -130,22 +110,6 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     kind: str
     message: str
     fields: dict[str, str] = {}
-
-
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """One token of the vocabulary and its natural-log probability."""
-
-    token_id: int
-    logprob: float
-
-
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """The log-probability of a token that is in the text, and the most likely ones in its place."""
-
-    token_id: int
-    logprob: float
-    rank: int  # 1: it was the most likely token
-    top: tuple[TokenLogprob, ...] = ()
 
 
 class Timings(msgspec.Struct, frozen=True):
