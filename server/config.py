@@ -1,0 +1,95 @@
+"""Configuration: frozen dataclasses that are handed down; nothing here reads the environment.
+
+`EngineConfig` crosses to the engine process as JSON through msgspec (`to_json`, `engine_config_from_json`),
+so its fields are plain JSON types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+LogFormat = Literal["lines", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the engine process needs to know; every field is optional."""
+
+    model: str = DEFAULT_MODEL
+    """The default's name, a model folder, a .gguf file, or a hub id where a hub is reachable."""
+    device: str = "auto"
+    """Where the model computes: "auto", "cpu" or "cuda"."""
+    dtype: DtypeChoice = "auto"
+    """Type of the activations; auto: float32 on the CPU, bfloat16 on CUDA."""
+    kv_dtype: DtypeChoice = "auto"
+    """Type of the key and value cache; auto: bfloat16."""
+    adapter_dtype: DtypeChoice = "auto"
+    """Type of the adapters' rank pages; auto: bfloat16."""
+    kv_memory: int | None = None
+    """Bytes for the key and value cache; None: a share of what is free."""
+    adapter_memory: int = 256 * MIB
+    """Bytes for the adapters' rank pages."""
+    adapters_dir: str | None = None
+    """Folder whose sub-folders are adapters under their own names; None: none are registered at start."""
+    adapter_roots: tuple[str, ...] = ()
+    """Folders below which LoadAdapter may find adapters; `adapters_dir` is always one of them."""
+    max_running: int = 64
+    """Most sequences in one batch."""
+    max_waiting: int = 1024
+    """Most requests that may wait for their first token; the frontend refuses one more."""
+    token_budget: int = 512
+    """Most tokens of one step, prompts' chunks and decoded tokens together."""
+    context_length: int | None = None
+    """Most tokens of prompt and answer together; None: what the model was trained for."""
+    threads: int | None = None
+    """Threads that compute on the CPU; None: one for each physical core."""
+    cache_dir: str | None = None
+    """Where converted models and compiled kernels are kept; None: the user's cache directory."""
+    seed: int = 0
+    """Seed of whatever is random in the engine beside the requests, which bring their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """What `lorry serve` needs to know; `engine` is handed on to the engine process."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """The engine's part."""
+    host: str = "127.0.0.1"
+    """Address that gRPC and the metrics page listen on."""
+    port: int = 50051
+    """TCP port of gRPC; 0: any free one, printed when serving."""
+    metrics_port: int | None = None
+    """TCP port of the Prometheus page; 0: any free one; None: no page."""
+    drain_timeout: float = 30.0
+    """Seconds that streams may go on after SIGTERM."""
+    max_message_bytes: int = 4 * MIB
+    """Largest gRPC message that is taken or sent."""
+    log_format: LogFormat = "lines"
+    """Logs as lines for people or as one JSON object a line."""
+    log_level: LogLevel = "info"
+    """Least level that is logged."""
+    restart_backoff: float = 0.5
+    """Seconds before a dead engine is started again; doubles with each death in a row."""
+    restart_backoff_max: float = 30.0
+    """Most seconds between two starts of the engine."""
+
+
+def to_json(config: EngineConfig) -> bytes:
+    """One JSON object with every field of `config`."""
+    return msgspec.json.encode(config)
+
+
+def engine_config_from_json(data: bytes | str) -> EngineConfig:
+    """The inverse of `to_json`; raises msgspec.ValidationError that names a bad field."""
+    return msgspec.json.decode(data, type=EngineConfig)

@@ -1,0 +1,158 @@
+"""Every Prometheus metric of the server, in a registry of its own.
+
+Label values come from closed sets: whatever is not in one is counted as "other", so that no client can grow
+the page. Times are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+"""From arrival to first token, to last token, in the queue: 5 ms to 5 min."""
+TOKEN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
+"""Between two tokens of one sequence: 0.5 ms to 5 s."""
+LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""From the wish for an adapter until it is on the device: 5 ms to 1 min."""
+
+FINISH_REASONS = frozenset(
+    {"eos", "stop", "length", "time_limit", "aborted", "cancelled", "deadline", "error"}
+)
+LOAD_RESULTS = frozenset({"ok", "malformed", "not_found", "refused", "too_large", "error"})
+GRPC_CODES = frozenset(
+    {
+        "OK",
+        "CANCELLED",
+        "UNKNOWN",
+        "INVALID_ARGUMENT",
+        "DEADLINE_EXCEEDED",
+        "NOT_FOUND",
+        "ALREADY_EXISTS",
+        "PERMISSION_DENIED",
+        "RESOURCE_EXHAUSTED",
+        "FAILED_PRECONDITION",
+        "ABORTED",
+        "OUT_OF_RANGE",
+        "UNIMPLEMENTED",
+        "INTERNAL",
+        "UNAVAILABLE",
+        "DATA_LOSS",
+        "UNAUTHENTICATED",
+    }
+)
+
+
+class Metrics:
+    """All metrics, registered once; thread-safe as prometheus_client's are.
+
+    `grpc_methods` is the closed set of full method names ("/lorry.v1.GenerationService/Generate") that may become
+    label values; the rpc room adds its own with `allow_grpc_methods`.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._grpc_methods: set[str] = set()
+        r = self.registry
+        self.requests_running = Gauge("lorry_requests_running", "Sequences in the batch.", registry=r)
+        self.requests_waiting = Gauge(
+            "lorry_requests_waiting", "Requests that wait to be scheduled.", registry=r
+        )
+        self.kv_cache_usage_ratio = Gauge(
+            "lorry_kv_cache_usage_ratio", "Share of the key and value blocks in use, 0 to 1.", registry=r
+        )
+        self.time_to_first_token = Histogram(
+            "lorry_time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            buckets=LATENCY_BUCKETS,
+            registry=r,
+        )
+        self.inter_token_latency = Histogram(
+            "lorry_inter_token_latency_seconds",
+            "Between two tokens of one sequence.",
+            buckets=TOKEN_BUCKETS,
+            registry=r,
+        )
+        self.e2e_request_latency = Histogram(
+            "lorry_e2e_request_latency_seconds",
+            "From a request's arrival to its last token.",
+            buckets=LATENCY_BUCKETS,
+            registry=r,
+        )
+        self.request_queue = Histogram(
+            "lorry_request_queue_seconds",
+            "From a request's arrival until it was first scheduled.",
+            buckets=LATENCY_BUCKETS,
+            registry=r,
+        )
+        self.prompt_tokens = Counter(
+            "lorry_prompt_tokens_total", "Prompt tokens of started requests.", registry=r
+        )
+        self.generation_tokens = Counter("lorry_generation_tokens_total", "Tokens generated.", registry=r)
+        self.requests_finished = Counter(
+            "lorry_requests_finished_total",
+            "Requests that ended: " + ", ".join(sorted(FINISH_REASONS)) + ".",
+            ["reason"],
+            registry=r,
+        )
+        self.grpc_requests = Counter(
+            "lorry_grpc_requests_total",
+            "Calls that ended, by method and status code.",
+            ["method", "code"],
+            registry=r,
+        )
+        self.preemptions = Counter(
+            "lorry_preemptions_total", "Sequences whose blocks were taken away, to be recomputed.", registry=r
+        )
+        self.adapter_loads = Counter(
+            "lorry_adapter_loads_total",
+            "Loads of adapters that ended: " + ", ".join(sorted(LOAD_RESULTS)) + ".",
+            ["result"],
+            registry=r,
+        )
+        self.adapter_evictions = Counter(
+            "lorry_adapter_evictions_total", "Adapters pushed off the device by others.", registry=r
+        )
+        self.adapter_load = Histogram(
+            "lorry_adapter_load_seconds",
+            "From the wish for an adapter until it is on the device.",
+            buckets=LOAD_BUCKETS,
+            registry=r,
+        )
+        self.adapter_pages_used = Gauge("lorry_adapter_pages_used", "Rank pages in use.", registry=r)
+        self.adapter_pages_total = Gauge("lorry_adapter_pages_total", "Rank pages there are.", registry=r)
+        self.engine_up = Gauge("lorry_engine_up", "1 while the engine process serves, else 0.", registry=r)
+        self.build_info = Gauge(
+            "lorry_build_info",
+            "Always 1; the labels say what runs.",
+            ["version", "model", "device"],
+            registry=r,
+        )
+        for reason in FINISH_REASONS:
+            self.requests_finished.labels(reason)
+        for result in LOAD_RESULTS:
+            self.adapter_loads.labels(result)
+
+    def allow_grpc_methods(self, methods: frozenset[str]) -> None:
+        """Add full method names to the closed set of label values."""
+        self._grpc_methods |= methods
+
+    def grpc_finished(self, method: str, code: str) -> None:
+        """Count a call that ended with a status `code` such as "OK"."""
+        self.grpc_requests.labels(
+            method if method in self._grpc_methods else "other", code if code in GRPC_CODES else "other"
+        ).inc()
+
+    def request_finished(self, reason: str) -> None:
+        """Count a request that ended for one of FINISH_REASONS."""
+        self.requests_finished.labels(reason if reason in FINISH_REASONS else "other").inc()
+
+    def adapters_loaded(self, by_result: Mapping[str, int]) -> None:
+        """Count loads that ended, by one of LOAD_RESULTS."""
+        for result, count in by_result.items():
+            self.adapter_loads.labels(result if result in LOAD_RESULTS else "other").inc(count)
+
+    def page(self) -> bytes:
+        """The page in Prometheus' text format."""
+        return generate_latest(self.registry)
