@@ -19,7 +19,7 @@ SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 
 
 def generate(out: Path) -> None:
-    """Write the modules of every proto of the contract below `out`; raises on a proto that does not compile."""
+    """Write the modules of every proto of the contract below `out`; exits on a proto that does not compile."""
     import grpc_tools
     from grpc_tools import protoc
 
@@ -41,7 +41,7 @@ def main() -> int:
     check = parser.parse_args().check
     version = importlib.metadata.version("grpcio-tools")
     if version != GRPCIO_TOOLS:
-        print(f"grpcio-tools is {version}; the committed modules are made with {GRPCIO_TOOLS}", file=sys.stderr)
+        print(f"grpcio-tools is {version}; the committed modules need {GRPCIO_TOOLS}", file=sys.stderr)
         return 1
     if not check:
         generate(ROOT)
@@ -51,7 +51,7 @@ def main() -> int:
         fresh, committed = modules(Path(folder)), modules(ROOT)
     stale = sorted(name for name in fresh.keys() | committed.keys() if fresh.get(name) != committed.get(name))
     for name in stale:
-        print(f"protos/lorry/v1/{name} differs from its proto: run python protos/generate.py", file=sys.stderr)
+        print(f"protos/lorry/v1/{name} is stale: run python protos/generate.py", file=sys.stderr)
     return 1 if stale else 0
 
 

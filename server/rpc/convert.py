@@ -1,0 +1,291 @@
+"""Wire → domain: protobuf requests become domain requests here, and every field is checked on the way.
+
+A field that cannot be honoured is refused by its path as the client wrote it (`spec.sampling.top_p`), with
+its value and what is accepted. Ranges stand in the sentences of the protos; defaults are the domain types'.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from lorry.server.engine.messages import AdapterRef
+from lorry.server.errors import InvalidField
+from lorry.server.frontend.request import (
+    ChatMessage,
+    ChatPrompt,
+    Prompt,
+    Request,
+    ResponseOptions,
+    StoppingCriteria,
+    TextPrompt,
+    TokenPrompt,
+    fresh_request_id,
+    fresh_seed,
+)
+from lorry.server.params import SamplingParams
+from lorry.server.rpc import fields
+from lorry.server.rpc.fields import refuse
+from lorry.v1 import adapter_pb2, control_pb2, generation_pb2
+
+MAX_ADAPTERS = 8
+MAX_BIASED_TOKENS = 1024
+MAX_SEQUENCES = 16
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_LENGTH = 256
+MAX_STOP_TOKENS = 64
+MAX_LOGPROBS = 20
+MAX_SALT_BYTES = 256
+MAX_PAGE = 1000
+
+
+def generation(spec: generation_pb2.GenerationSpec, present: bool, vocab_size: int, deadline: float | None) -> Request:
+    """A GenerationSpec → Request.
+
+    `present`: whether the client sent one at all; `deadline`: time.time() after which nobody waits, or None.
+    """
+    if not present:
+        raise InvalidField("spec is not set; accepted: a GenerationSpec", field="spec")
+    strategy = spec.WhichOneof("strategy")
+    if strategy is not None:
+        raise InvalidField(
+            f"spec.{strategy} is not served yet; leave the strategy unset for greedy decoding or sampling",
+            field=f"spec.{strategy}",
+        )
+    if len(spec.cache_salt.encode()) > MAX_SALT_BYTES:
+        raise refuse("spec.cache_salt", spec.cache_salt, f"at most {MAX_SALT_BYTES} bytes of UTF-8")
+    return Request(
+        prompt=_prompt(spec, vocab_size),
+        adapters=adapter_refs("spec.adapters", spec.adapters),
+        sampling=_sampling(spec.sampling, vocab_size),
+        stopping=_stopping(spec.stopping, vocab_size),
+        response=_response(spec.response),
+        priority=fields.integer("spec.priority", spec.priority, -1000, 1000),
+        cache_salt=spec.cache_salt,
+        request_id=fields.request_id("spec.request_id", spec.request_id) if spec.request_id else fresh_request_id(),
+        arrival=time.time(),
+        deadline=deadline,
+    )
+
+
+def _prompt(spec: generation_pb2.GenerationSpec, vocab_size: int) -> Prompt:
+    match spec.WhichOneof("prompt"):
+        case "text":
+            return _text("spec.text", spec.text)
+        case "token_ids":
+            return _token_ids("spec.token_ids.ids", spec.token_ids, vocab_size)
+        case "chat":
+            return _chat("spec.chat", spec.chat)
+        case _:
+            raise InvalidField("spec.prompt is not set; accepted: one of text, token_ids, chat", field="spec.prompt")
+
+
+def _text(path: str, value: str) -> TextPrompt:
+    if not value:
+        raise refuse(path, value, "at least one character")
+    return TextPrompt(value)
+
+
+def _token_ids(path: str, value: generation_pb2.TokenIds, vocab_size: int) -> TokenPrompt:
+    if not value.ids:
+        raise refuse(path, [], "at least one token id")
+    return TokenPrompt(fields.tokens(path, value.ids, vocab_size))
+
+
+def _chat(path: str, value: generation_pb2.ChatPrompt) -> ChatPrompt:
+    if not value.messages:
+        raise refuse(f"{path}.messages", [], "at least one message")
+    for index, message in enumerate(value.messages):
+        if not message.role:
+            raise refuse(f"{path}.messages[{index}].role", "", 'a role, usually "system", "user" or "assistant"')
+    return ChatPrompt(
+        messages=tuple(ChatMessage(message.role, message.content) for message in value.messages),
+        add_generation_prompt=value.add_generation_prompt or not value.HasField("add_generation_prompt"),
+    )
+
+
+def adapter_refs(path: str, refs: Sequence[generation_pb2.AdapterRef]) -> tuple[AdapterRef, ...]:
+    """At most 8 adapters, no id twice, weights of any sign."""
+    if len(refs) > MAX_ADAPTERS:
+        raise InvalidField(
+            f"{path} names {len(refs)} adapters; accepted: at most {MAX_ADAPTERS}",
+            field=path,
+            value=len(refs),
+        )
+    converted = tuple(_adapter_ref(f"{path}[{index}]", ref) for index, ref in enumerate(refs))
+    seen: set[str] = set()
+    for index, ref in enumerate(converted):
+        if ref.id in seen:
+            raise refuse(f"{path}[{index}].id", ref.id, "no id twice; add up the weights instead")
+        seen.add(ref.id)
+    return converted
+
+
+def _adapter_ref(path: str, ref: generation_pb2.AdapterRef) -> AdapterRef:
+    return AdapterRef(
+        id=fields.adapter_id(f"{path}.id", ref.id),
+        weight=fields.number(f"{path}.weight", ref.weight, -1000, 1000) if ref.HasField("weight") else 1.0,
+        revision=fields.revision(f"{path}.revision", ref.revision) if ref.HasField("revision") else None,
+    )
+
+
+def _sampling(params: generation_pb2.SamplingParams, vocab_size: int) -> SamplingParams:
+    path = "spec.sampling"
+    temperature = params.temperature if params.HasField("temperature") else 1.0
+    if temperature != 0:
+        fields.number(f"{path}.temperature", temperature, 0.001, 100, "0 (greedy), or 0.001 to 100")
+    top_p = params.top_p if params.HasField("top_p") else 1.0
+    if fields.number(f"{path}.top_p", top_p, 0, 1, "above 0, to 1") == 0:
+        raise refuse(f"{path}.top_p", top_p, "above 0, to 1")
+    if params.HasField("typical_p") and params.typical_p != 1:
+        raise refuse(f"{path}.typical_p", params.typical_p, "1 (off): typical sampling is not served yet")
+    repetition = params.repetition_penalty if params.HasField("repetition_penalty") else 1.0
+    n = params.n if params.HasField("n") else 1
+    fields.integer(f"{path}.n", n, 1, MAX_SEQUENCES)
+    if n > 1 and temperature == 0:
+        raise refuse(f"{path}.n", n, "1 with temperature 0: greedy sequences of one prompt are equal")
+    return SamplingParams(
+        temperature=temperature,
+        top_k=fields.integer(f"{path}.top_k", params.top_k, 0, vocab_size),
+        top_p=top_p,
+        min_p=fields.number(f"{path}.min_p", params.min_p, 0, 1),
+        repetition_penalty=fields.number(f"{path}.repetition_penalty", repetition, 0.01, 100),
+        presence_penalty=fields.number(f"{path}.presence_penalty", params.presence_penalty, -2, 2),
+        frequency_penalty=fields.number(f"{path}.frequency_penalty", params.frequency_penalty, -2, 2),
+        logit_bias=_logit_bias(f"{path}.logit_bias", dict(params.logit_bias), vocab_size),
+        seed=params.seed if params.HasField("seed") else fresh_seed(),
+        n=n,
+    )
+
+
+def _logit_bias(path: str, bias: dict[int, float], vocab_size: int) -> dict[int, float]:
+    if len(bias) > MAX_BIASED_TOKENS:
+        raise InvalidField(
+            f"{path} has {len(bias)} entries; accepted: at most {MAX_BIASED_TOKENS}",
+            field=path,
+            value=len(bias),
+        )
+    for token, value in bias.items():
+        if token >= vocab_size:
+            raise refuse(f"{path}[{token}]", token, f"token ids 0 to {vocab_size - 1}")
+        fields.number(f"{path}[{token}]", value, -100, 100)
+    return bias
+
+
+def _stopping(criteria: generation_pb2.StoppingCriteria, vocab_size: int) -> StoppingCriteria:
+    path = "spec.stopping"
+    most = criteria.max_new_tokens if criteria.HasField("max_new_tokens") else None
+    if most == 0:
+        raise refuse(f"{path}.max_new_tokens", most, "1 or more")
+    if most is not None and criteria.min_new_tokens > most:
+        raise refuse(f"{path}.min_new_tokens", criteria.min_new_tokens, f"0 to {most}, which is max_new_tokens")
+    if len(criteria.stop) > MAX_STOP_STRINGS:
+        raise refuse(f"{path}.stop", list(criteria.stop), f"at most {MAX_STOP_STRINGS} strings")
+    for index, stop in enumerate(criteria.stop):
+        if not 1 <= len(stop) <= MAX_STOP_STRING_LENGTH:
+            raise refuse(f"{path}.stop[{index}]", stop, f"1 to {MAX_STOP_STRING_LENGTH} characters")
+    fields.unique(f"{path}.stop", criteria.stop)
+    if len(criteria.stop_token_ids) > MAX_STOP_TOKENS:
+        raise refuse(f"{path}.stop_token_ids", list(criteria.stop_token_ids), f"at most {MAX_STOP_TOKENS} token ids")
+    fields.unique(f"{path}.stop_token_ids", criteria.stop_token_ids)
+    return StoppingCriteria(
+        max_new_tokens=most,
+        min_new_tokens=criteria.min_new_tokens,
+        stop=tuple(criteria.stop),
+        stop_token_ids=fields.tokens(f"{path}.stop_token_ids", criteria.stop_token_ids, vocab_size),
+        ignore_eos=criteria.ignore_eos,
+        time_limit=fields.seconds(f"{path}.time_limit", criteria.time_limit)
+        if criteria.HasField("time_limit")
+        else None,
+    )
+
+
+def _response(options: generation_pb2.ResponseOptions) -> ResponseOptions:
+    logprobs = None
+    if options.HasField("logprobs"):
+        logprobs = fields.integer("spec.response.logprobs", options.logprobs, 0, MAX_LOGPROBS)
+    return ResponseOptions(
+        logprobs=logprobs,
+        prompt_logprobs=options.prompt_logprobs,
+        include_prompt=options.include_prompt,
+        include_stop=options.include_stop,
+    )
+
+
+def score(
+    request: generation_pb2.ScoreRequest, vocab_size: int
+) -> tuple[TextPrompt | TokenPrompt, tuple[int, ...], tuple[AdapterRef, ...]]:
+    """A ScoreRequest → prompt, continuation, adapters."""
+    prompt: TextPrompt | TokenPrompt
+    match request.WhichOneof("prompt"):
+        case "text":
+            prompt = _text("text", request.text)
+        case "token_ids":
+            prompt = _token_ids("token_ids.ids", request.token_ids, vocab_size)
+        case _:
+            raise InvalidField("prompt is not set; accepted: one of text, token_ids", field="prompt")
+    continuation = _token_ids("continuation.ids", request.continuation, vocab_size)
+    return prompt, continuation.token_ids, adapter_refs("adapters", request.adapters)
+
+
+def tokenize(request: generation_pb2.TokenizeRequest) -> tuple[TextPrompt | ChatPrompt, bool]:
+    """A TokenizeRequest → prompt, whether special tokens are added. Empty text is served."""
+    match request.WhichOneof("prompt"):
+        case "text":
+            special = request.add_special_tokens or not request.HasField("add_special_tokens")
+            return TextPrompt(request.text), special
+        case "chat":
+            if request.HasField("add_special_tokens"):
+                raise refuse(
+                    "add_special_tokens",
+                    request.add_special_tokens,
+                    "unset with chat: the template brings its special tokens",
+                )
+            return _chat("chat", request.chat), True
+        case _:
+            raise InvalidField("prompt is not set; accepted: one of text, chat", field="prompt")
+
+
+def detokenize(request: generation_pb2.DetokenizeRequest, vocab_size: int) -> tuple[tuple[int, ...], bool]:
+    """A DetokenizeRequest → token ids, whether special tokens are skipped."""
+    skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
+    return fields.tokens("token_ids", request.token_ids, vocab_size), skip
+
+
+def load_adapter(request: adapter_pb2.LoadAdapterRequest) -> tuple[str, str, str | None]:
+    """A LoadAdapterRequest → id, path, expected revision; the engine says whether the path is allowed."""
+    adapter_id = fields.adapter_id("id", request.id)
+    if not request.path or "\0" in request.path or len(request.path.encode()) > 4096:
+        raise refuse("path", request.path, "a folder below an adapter root, at most 4096 bytes")
+    if not request.HasField("expected_revision"):
+        return adapter_id, request.path, None
+    return adapter_id, request.path, fields.revision("expected_revision", request.expected_revision)
+
+
+def update_adapter(request: adapter_pb2.UpdateAdapterRequest) -> tuple[str, bool]:
+    """An UpdateAdapterRequest → id, whether it is pinned."""
+    adapter_id = fields.adapter_id("id", request.id)
+    if not request.HasField("pinned"):
+        raise InvalidField("pinned is not set; accepted: true or false", field="pinned")
+    return adapter_id, request.pinned
+
+
+def page(request: adapter_pb2.ListAdaptersRequest) -> tuple[int, str]:
+    """A ListAdaptersRequest → page size, the id after which the page begins ("": from the first one on)."""
+    size = request.page_size if request.HasField("page_size") else MAX_PAGE
+    fields.integer("page_size", size, 1, MAX_PAGE)
+    if request.page_token and not fields.ADAPTER_ID.fullmatch(request.page_token):
+        raise refuse("page_token", request.page_token, "a next_page_token of an earlier answer")
+    return size, request.page_token
+
+
+def watch(request: adapter_pb2.WatchAdaptersRequest) -> tuple[str, ...]:
+    """A WatchAdaptersRequest → the ids to watch, none for all."""
+    if len(request.ids) > MAX_PAGE:
+        raise refuse("ids", list(request.ids), f"at most {MAX_PAGE} ids")
+    return tuple(fields.adapter_id(f"ids[{index}]", value) for index, value in enumerate(request.ids))
+
+
+def drain(request: control_pb2.DrainRequest) -> float | None:
+    """A DrainRequest → seconds, None for the server's own drain timeout."""
+    return fields.seconds("timeout", request.timeout, zero=True) if request.HasField("timeout") else None
