@@ -3,6 +3,15 @@
 Every type here is a msgspec struct, encoded as MessagePack; nothing is pickled. The frontend sends
 `Command`s, the engine answers with `EngineMessage`s, batched: one `list` of messages each way per step.
 Protobuf types never reach this file; token ids, not text, are what the engine speaks.
+
+The socket is a ZeroMQ PAIR; the frontend binds it, before it starts the engine, and the engine connects. What follows:
+
+    engine   Loading* Ready                                        (the frontend sends nothing before Ready)
+    request  Generate → Started → PromptLogprobs? → Tokens* with one `finish` for each index
+             or, at any point before the last of these, Failed, and nothing more
+    Abort    → Tokens with ABORTED for each index that was still live
+    adapter  one AdapterReply for each command; AdapterEvent at any time
+    Stats    at any time, a few a second while there is work, and once when it ends
 """
 
 from __future__ import annotations
@@ -130,14 +139,21 @@ class Started(msgspec.Struct, frozen=True, tag=True):
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
-    """Log-probabilities of the prompt's tokens from `Generate.prompt_logprobs_from` on, complete, sent once."""
+    """Log-probabilities of the prompt's tokens from `Generate.prompt_logprobs_from` on, complete, sent once.
+
+    The prompt's token 0 has none and is left out. `rank` and `top` as asked for by `Generate.logprobs`.
+    """
 
     request_id: str
     logprobs: list[TokenLogprobs]
 
 
-class Tokens(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """New tokens of one sequence; `finish` is set on its last message."""
+class Tokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """New tokens of one sequence; `finish` is set on its last message.
+
+    A token that ends the sequence (end of sequence, a stop id) is among `token_ids`. Every index of the request gets
+    exactly one message with `finish`, aborted ones too, unless the request ends with `Failed`.
+    """
 
     request_id: str
     index: int

@@ -1,0 +1,65 @@
+"""The tensors behind the blocks: keys and values of every layer, in pages of BLOCK_SIZE tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorry.server.cache.block_table import Copy
+from lorry.server.cache.blocks import BLOCK_SIZE, blocks_for
+
+FREE_MEMORY_SHARE = 0.3
+
+
+def block_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one block, keys and values of all layers together."""
+    return 2 * layers * kv_heads * BLOCK_SIZE * head_dim * dtype.itemsize
+
+
+def choose_num_blocks(
+    bytes_per_block: int, kv_memory: int | None, free_memory: int, max_running: int, context_length: int
+) -> int:
+    """Blocks to allocate: what `kv_memory` bytes hold, or a share of the free memory when it is None.
+
+    No more than `max_running` sequences of full context can ever use, and at least one.
+    """
+    budget = int(free_memory * FREE_MEMORY_SHARE) if kv_memory is None else kv_memory
+    return max(1, min(budget // bytes_per_block, max_running * blocks_for(context_length)))
+
+
+class KVCache:
+    """keys[layer], values[layer]: [num_blocks, kv_heads, BLOCK_SIZE, head_dim] in `dtype`.
+
+    Zeroed, so that a system which hands out memory when it is first touched gives only what is used.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
+        self.num_blocks = num_blocks
+        self.dtype = dtype
+        self.keys: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def copy_blocks(self, copies: Sequence[Copy]) -> None:
+        """cache[destination] = cache[source] for all pairs at once: every source is read before anything is written."""
+        if not copies:
+            return
+        device = self.keys[0].device
+        sources = torch.tensor([source for source, _ in copies], device=device)
+        targets = torch.tensor([target for _, target in copies], device=device)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_copy_(0, targets, tensor.index_select(0, sources))

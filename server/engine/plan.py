@@ -1,0 +1,45 @@
+"""What a step is to do: which tokens of which sequences, in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lorry.server.cache.block_table import Copy
+from lorry.server.cache.blocks import BLOCK_SIZE
+from lorry.server.engine.sequence import Request, Sequence
+from lorry.server.errors import LorryError
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Run tokens [start, end) of a sequence; the blocks for them are there."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step. Pieces of equal combos are adjacent, and so are those of one request."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)  # blocks to copy before the step writes
+    started: list[Request] = field(default_factory=list)  # run in this step for the first time
+    failed: list[tuple[Request, LorryError]] = field(default_factory=list)  # ended, never to run
+
+    def sort(self) -> None:
+        self.pieces.sort(key=_row_order)
+
+
+def _row_order(piece: Piece) -> tuple[tuple[tuple[int, float], ...], int, int]:
+    request = piece.sequence.request
+    return request.combo, request.order, piece.sequence.index
+
+
+def first_share(remaining: int, left: int) -> int:
+    """Tokens that a prompt with `remaining` tokens takes of the `left` ones, when others may follow it.
+
+    A prompt that ends in this step takes all it needs; a longer one leaves half to those behind it.
+    """
+    return remaining if remaining <= left else max(left // 2, min(left, BLOCK_SIZE))

@@ -1,0 +1,322 @@
+"""Which sequences run in the next step, and who holds the memory: continuous batching over paged blocks.
+
+    waiting ──admit──▶ running ──finish──▶ finished
+       ▲                  │
+       └────preempt───────┘
+
+Every list is in rank order: protected sequences first, then by priority, then by arrival. A step decodes first, one
+token for each running sequence; what is left of the token budget goes to prompts, in chunks. A decode that finds no
+block takes those of the sequence with the last rank, which is recomputed later. Nobody starves: the first in rank is
+never preempted, a sequence preempted PROTECT_AFTER times ranks before all others, every OLDEST_EVERY-th admission
+goes to the oldest, whatever its priority, and one that waits for its adapters is overtaken PATIENCE times at most by
+others that use adapters (and could hold the memory that it needs).
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+from lorry.server.cache.block_table import BlockTable
+from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator, blocks_for
+from lorry.server.cache.prefix import PrefixIndex
+from lorry.server.engine.plan import Piece, Plan, first_share
+from lorry.server.engine.sequence import Lease, Request, Sequence, Status
+from lorry.server.errors import AlreadyExists, InvalidField, LorryError, OutOfMemory, PromptTooLong
+
+PROTECT_AFTER = 3
+OLDEST_EVERY = 8
+PATIENCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """max_running in sequences, token_budget in tokens of one step, context_length in tokens of one sequence."""
+
+    max_running: int
+    token_budget: int
+    context_length: int
+
+
+class Residency(Protocol):
+    """Where a lease's adapters are; all calls return at once."""
+
+    def ready(self, lease: Lease) -> bool:
+        """Whether all of them are on the device; starts bringing them. Raises the LorryError that prevents it."""
+        ...
+
+    def pin(self, lease: Lease) -> None:
+        """Hold them on the device until `unpin`."""
+        ...
+
+    def unpin(self, lease: Lease) -> None: ...
+
+    def release(self, lease: Lease) -> None:
+        """The request has ended; the lease is void."""
+        ...
+
+
+def _rank(sequence: Sequence) -> tuple[bool, int, int, int]:
+    request = sequence.request
+    protected = sequence.preemptions >= PROTECT_AFTER
+    return not protected, -request.message.priority, request.order, sequence.index
+
+
+class Scheduler:
+    """Plans steps. Times are time.time(); nothing here waits, and nothing knows tensors."""
+
+    def __init__(
+        self, limits: Limits, allocator: BlockAllocator, index: PrefixIndex, residency: Residency
+    ) -> None:
+        self.limits = limits
+        self.allocator = allocator
+        self.index = index
+        self.residency = residency
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._admitted = 0
+        self._alarms: list[tuple[float, int, bool, Request]] = []  # (when, order, is a time limit, request)
+
+    # ---------------------------------------------------------------- requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises the LorryError of one that can never run."""
+        message, prompt = request.message, len(request.prompt)
+        limit = self.limits.context_length
+        if request.id in self.requests:
+            raise AlreadyExists(
+                f"request {request.id!r} is in flight", resource_type="request", resource_name=request.id
+            )
+        if prompt == 0:
+            raise InvalidField("the prompt has no tokens", field="prompt")
+        if prompt + min(1, message.stopping.max_new_tokens) > limit:
+            raise PromptTooLong(
+                f"the prompt has {prompt} tokens, prompt and answer together may have {limit}",
+                prompt_tokens=prompt,
+                context_length=limit,
+            )
+        if blocks_for(prompt + 1) > self.allocator.num_blocks:
+            raise OutOfMemory(
+                f"the prompt's {prompt} tokens need more than the {self.allocator.num_blocks} blocks there are"
+            )
+        if message.sampling.n > self.limits.max_running:
+            raise InvalidField(
+                f"n is {message.sampling.n}, at most {self.limits.max_running} sequences run", field="n"
+            )
+        self.requests[request.id] = request
+        sequence = Sequence(request, 0, BlockTable(self.allocator))
+        request.sequences.append(sequence)
+        insort(self.waiting, sequence, key=_rank)
+        if message.deadline is not None:
+            heapq.heappush(self._alarms, (message.deadline, request.order, False, request))
+        if message.stopping.time_limit is not None:
+            alarm = message.arrival + message.stopping.time_limit
+            heapq.heappush(self._alarms, (alarm, request.order, True, request))
+
+    def due(self, now: float) -> list[tuple[Request, bool]]:
+        """Requests whose time has come, and whether it was the soft limit (else the deadline); once each."""
+        due = []
+        while self._alarms and self._alarms[0][0] <= now:
+            _, _, soft, request = heapq.heappop(self._alarms)
+            if self.requests.get(request.id) is request:
+                due.append((request, soft))
+        return due
+
+    @property
+    def next_alarm(self) -> float | None:
+        return self._alarms[0][0] if self._alarms else None
+
+    def fork(self, parent: Sequence, index: int) -> Sequence:
+        """A running sequence that shares all of its running parent's tokens and blocks."""
+        child = Sequence(parent.request, index, parent.table.fork())
+        child.output = list(parent.output)
+        child.logprobs = list(parent.logprobs)
+        child.computed, child.registered, child.node = parent.computed, parent.registered, parent.node
+        child.shown, child.preemptions, child.status = parent.shown, parent.preemptions, Status.RUNNING
+        parent.request.sequences.append(child)
+        insort(self.running, child, key=_rank)
+        return child
+
+    def finish(self, sequence: Sequence) -> None:
+        """Free everything of a sequence; with the last one of a request, the request."""
+        assert sequence.status is not Status.FINISHED
+        request = sequence.request
+        if sequence.status is Status.RUNNING:
+            self._stop(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        if not request.live:
+            del self.requests[request.id]
+            if request.lease is not None:
+                self.residency.release(request.lease)
+
+    def end(self, request: Request) -> None:
+        """Free everything of a request."""
+        for sequence in request.live:
+            self.finish(sequence)
+
+    # ---------------------------------------------------------------- a step
+
+    def plan(self, now: float) -> Plan:
+        """Choose the pieces of the next step and take the blocks that they write."""
+        plan = Plan()
+        self._decode(plan)
+        self._prefill(plan, now)
+        plan.sort()
+        return plan
+
+    def advance(self, piece: Piece) -> None:
+        """The tokens of `piece` have been computed; full blocks become findable."""
+        sequence = piece.sequence
+        sequence.computed = piece.end
+        while (end := (sequence.registered + 1) * BLOCK_SIZE) <= piece.end:
+            block = sequence.table.blocks[sequence.registered]
+            sequence.node = self.index.insert(sequence.node, sequence.tokens(end - BLOCK_SIZE, end), block)
+            sequence.registered += 1
+
+    def _decode(self, plan: Plan) -> None:
+        for sequence in list(self.running):
+            start, end = sequence.computed, sequence.length
+            if sequence.status is not Status.RUNNING or end - start != 1:
+                continue
+            while sequence.table.cost(start, end) > self.allocator.available:
+                victim = self.running[-1]  # never one that is in the plan: those rank before `sequence`
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+            else:
+                plan.copies += sequence.table.prepare(start, end)
+                plan.pieces.append(Piece(sequence, start, end))
+
+    def _prefill(self, plan: Plan, now: float) -> None:
+        left = max(self.limits.token_budget - len(plan.pieces), BLOCK_SIZE)
+        chunks: list[tuple[Sequence, int]] = []
+        started = (s for s in list(self.running) if s.length - s.computed > 1)
+        for sequence in chain(started, self._admit(plan, now)):
+            chunk = first_share(sequence.length - sequence.computed, left)
+            chunks.append((sequence, chunk))
+            left -= chunk
+            if left == 0:
+                break
+        for sequence, chunk in chunks:
+            more = min(left, sequence.length - sequence.computed - chunk)
+            left -= more
+            plan.pieces.append(Piece(sequence, sequence.computed, sequence.computed + chunk + more))
+
+    def _admit(self, plan: Plan, now: float) -> Iterator[Sequence]:
+        """Make waiting sequences run, one by one as they are asked for."""
+        slots = self.limits.max_running - sum(sequence.width for sequence in self.running)
+        unready: set[object] = set()
+        passed: list[Sequence] = []
+        for sequence in self._in_turn():
+            request = sequence.request
+            adapters = request.namespace.adapters
+            if sequence.status is Status.RUNNING or adapters in unready:
+                continue
+            if sequence.width > slots:
+                break
+            try:
+                ready = request.lease is None or self.residency.ready(request.lease)
+            except LorryError as error:
+                self.end(request)
+                plan.failed.append((request, error))
+                continue
+            if not ready:
+                unready.add(adapters)
+                passed.append(sequence)
+                continue
+            if request.lease is not None and any(other.overtaken >= PATIENCE for other in passed):
+                continue
+            if not self._reserve(sequence):
+                break
+            slots -= sequence.width
+            for other in passed:
+                other.overtaken += 1
+            self._start(sequence, plan, now)
+            yield sequence
+
+    def _in_turn(self) -> Iterable[Sequence]:
+        """Waiting sequences in the order in which they are tried."""
+        if self.waiting and self._admitted % OLDEST_EVERY == OLDEST_EVERY - 1:
+            oldest = min(self.waiting, key=lambda sequence: sequence.request.order)
+            return [oldest, *self.waiting]
+        return list(self.waiting)
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Take blocks for all tokens that are known, the found ones shared; False when they are short."""
+        limit = sequence.length - 1  # the last token is always computed, its logits are wanted
+        score_from = sequence.request.score_from
+        if score_from is not None:
+            limit = min(limit, score_from - 1)
+        match = self.index.match(sequence.request.namespace, sequence.tokens(0, limit))
+        self.allocator.share(match.blocks)
+        table = BlockTable(self.allocator, match.blocks)
+        computed = len(match.blocks) * BLOCK_SIZE
+        headroom = len(self.running)  # a block each, so that admission does not preempt at once
+        if table.cost(computed, sequence.length) + headroom > self.allocator.available:
+            table.release()
+            return False
+        table.prepare(computed, sequence.length)
+        sequence.table, sequence.computed = table, computed
+        sequence.registered, sequence.node = len(match.blocks), match.node
+        return True
+
+    def _start(self, sequence: Sequence, plan: Plan, now: float) -> None:
+        request = sequence.request
+        if request.lease is not None:
+            if not self._runs(request):
+                self.residency.pin(request.lease)
+            request.combo = request.lease.combo
+        self._admitted += 1
+        self.waiting.remove(sequence)
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=_rank)
+        if request.scheduled is None:
+            request.scheduled = now
+            request.cached_tokens = sequence.computed
+            plan.started.append(request)
+
+    def _stop(self, sequence: Sequence) -> None:
+        request = sequence.request
+        self.running.remove(sequence)
+        sequence.table.release()
+        sequence.status = Status.PREEMPTED
+        if request.lease is not None and not self._runs(request):
+            self.residency.unpin(request.lease)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        sequence.computed, sequence.registered, sequence.node = 0, 0, sequence.request.namespace
+        sequence.preemptions += 1
+        self.preemptions += 1
+        insort(self.waiting, sequence, key=_rank)
+
+    @staticmethod
+    def _runs(request: Request) -> bool:
+        return any(sequence.status is Status.RUNNING for sequence in request.sequences)
+
+    # ---------------------------------------------------------------- proof
+
+    def check(self) -> None:
+        """Prove the invariants between two steps."""
+        live = [sequence for request in self.requests.values() for sequence in request.live]
+        assert set(live) == {*self.running, *self.waiting} and len(live) == len(self.running) + len(self.waiting)
+        assert self.running == sorted(self.running, key=_rank), "running is out of order"
+        assert self.waiting == sorted(self.waiting, key=_rank), "waiting is out of order"
+        assert all(sequence.status is Status.RUNNING for sequence in self.running)
+        assert all(s.status in (Status.WAITING, Status.PREEMPTED) and not s.table.blocks for s in self.waiting)
+        assert sum(sequence.width for sequence in self.running) <= self.limits.max_running
+        for sequence in self.running:
+            assert sequence.computed < sequence.length, "nothing is left to compute"
+            assert len(sequence.table.blocks) >= blocks_for(sequence.computed)
+            assert sequence.registered == sequence.computed // BLOCK_SIZE
+            assert sequence.table.row.tolist() == sequence.table.blocks
+        self.allocator.check(sequence.table.blocks for sequence in self.running)
+        self.index.check()

@@ -1,0 +1,140 @@
+"""What the engine knows of a request and of each of its sequences: plain data, changed by the scheduler."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from typing import TYPE_CHECKING, Protocol
+
+from lorry.server.cache.block_table import BlockTable
+from lorry.server.cache.prefix import Namespace, Node
+from lorry.server.engine.messages import AdapterRef, Generate, Timings, TokenLogprobs
+
+if TYPE_CHECKING:
+    from lorry.server.decoding.interface import Row
+
+Combo = tuple[tuple[int, float], ...]  # (slot of a resident adapter, weight) each, in the request's order
+
+_keys = itertools.count()
+
+
+class Lease(Protocol):
+    """A request's hold on the revisions of its adapters."""
+
+    @property
+    def combo(self) -> Combo:
+        """Valid while the lease is pinned."""
+        ...
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"  # has never run
+    RUNNING = "running"  # holds blocks, its adapters are pinned
+    PREEMPTED = "preempted"  # its blocks were taken away; waits to be recomputed
+    FINISHED = "finished"
+
+
+class Request:
+    """One `Generate` on its way through the engine.
+
+    order: number of the request in this engine, by arrival
+    lease: None for the base
+    adapters: as asked for, with revisions
+    pending: indices of sequences that are not born yet; the first sequence carries the prompt for all of them
+    """
+
+    def __init__(
+        self, message: Generate, order: int, lease: Lease | None = None, adapters: tuple[AdapterRef, ...] = ()
+    ) -> None:
+        self.id = message.request_id
+        self.message = message
+        self.prompt = message.prompt_token_ids
+        self.order = order
+        self.lease = lease
+        self.adapters = adapters
+        self.namespace = Namespace(
+            tuple((ref.id, ref.revision or "", ref.weight) for ref in adapters), message.cache_salt
+        )
+        self.combo: Combo = ()  # valid while a sequence runs
+        self.pending = list(range(message.sampling.n))
+        self.sequences: list[Sequence] = []
+        self.cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.scheduled: float | None = None  # time.time() of the first step
+        self.prefilled: float | None = None  # time.time() of the first token
+
+    @property
+    def score_from(self) -> int | None:
+        """First prompt token whose log-probability is wanted and not known yet; token 0 has none."""
+        first = self.message.prompt_logprobs_from
+        return None if first is None else max(first, 1) + len(self.prompt_logprobs)
+
+    @property
+    def live(self) -> list[Sequence]:
+        """Sequences that have not finished."""
+        return [sequence for sequence in self.sequences if sequence.status is not Status.FINISHED]
+
+    def timings(self, now: float) -> Timings:
+        """Seconds in the queue, in prefill and in decoding until `now`."""
+        scheduled = now if self.scheduled is None else self.scheduled
+        prefilled = now if self.prefilled is None else self.prefilled
+        return Timings(max(0.0, scheduled - self.message.arrival), prefilled - scheduled, now - prefilled)
+
+
+class Sequence:
+    """One stream of tokens: the request's prompt and an output that grows.
+
+    computed: tokens whose keys and values are in `table`'s blocks. A sequence that decodes has all but one computed
+    registered, node: full blocks that the prefix index knows of this sequence, and the node after the last of them
+    shown: tokens of the output that were sent; held ones come later
+    """
+
+    __slots__ = (
+        "computed",
+        "index",
+        "key",
+        "logprobs",
+        "node",
+        "output",
+        "overtaken",
+        "preemptions",
+        "registered",
+        "request",
+        "row",
+        "shown",
+        "status",
+        "table",
+    )
+
+    def __init__(self, request: Request, index: int, table: BlockTable) -> None:
+        self.key = next(_keys)
+        self.request = request
+        self.index = index
+        self.table = table
+        self.output: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.computed = 0
+        self.registered = 0
+        self.node: Node = request.namespace
+        self.status = Status.WAITING
+        self.preemptions = 0
+        self.overtaken = 0
+        self.shown = 0
+        self.row: Row | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def width(self) -> int:
+        """Rows that this sequence takes or, while it carries the prompt for others, will take."""
+        return max(1, len(self.request.pending))
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids of positions [start, end), prompt first, then output."""
+        prompt = self.request.prompt
+        split = len(prompt)
+        if start >= split:
+            return self.output[start - split : end - split]
+        return prompt[start:end] if end <= split else prompt[start:] + self.output[: end - split]
