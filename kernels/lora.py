@@ -1,0 +1,90 @@
+"""Low-rank updates of a batch whose rows use different adapters, as a sum over rank pages.
+
+    y[rows, site] += sum_j weight_j * scaling[slot_j, layer, site] * sum_pages (x[rows] @ A.T) @ B
+
+A page is 16 ranks of one adapted linear: A [16, K] and B [16, N], both row-contiguous in one flat arena. An
+adapter of rank 40 owns three pages, the last zero-padded; a weighted mix of adapters is a longer list of pages.
+Source: LoRA (arXiv:2106.09685); segments as in Punica (arXiv:2310.18547).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PAGE_RANK = 16
+
+
+@dataclass(frozen=True)
+class AdapterPages:
+    """Resident tables, owned and filled by the adapter pool, read by the kernels.
+
+    arena: flat bfloat16, float16 or float32; a page is A [16, K] followed by B [16, N] at an element offset.
+    offsets: int64 [slots, layers, sites, max_pages], element offset of the page or -1; used pages come first.
+    scaling: float32 [slots, layers, sites].
+    """
+
+    arena: Tensor
+    offsets: Tensor
+    scaling: Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of batch rows that share one combo of adapters.
+
+    starts: int32 [S + 1], half-open row ranges over the flat batch, empty segments are legal.
+    slots: int32 [S, J], -1: none; J is the most adapters of any combo in this batch. weights: float32 [S, J].
+    """
+
+    starts: Tensor
+    slots: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one adapted linear lies: its index in the sites axis, its first output column in y, its width N."""
+
+    index: int
+    start: int
+    size: int
+
+
+def lora_add_reference(
+    y: Tensor, x: Tensor, pages: AdapterPages, layer: int, sites: tuple[Site, ...], segments: Segments
+) -> None:
+    """y[rows, site] += sum_j weight_j * scaling_j * sum_pages (x @ A.T) @ B in float32; as in `lora_add`."""
+    in_features = x.shape[1]
+    starts = segments.starts.tolist()
+    for segment, slots in enumerate(segments.slots.tolist()):
+        rows = slice(starts[segment], starts[segment + 1])
+        if rows.start == rows.stop:
+            continue
+        hidden = x[rows].float()
+        for column, slot in enumerate(slots):
+            if slot < 0:
+                continue
+            for site in sites:
+                scale = segments.weights[segment, column] * pages.scaling[slot, layer, site.index]
+                columns = slice(site.start, site.start + site.size)
+                for offset in pages.offsets[slot, layer, site.index].tolist():
+                    if offset < 0:
+                        break
+                    middle = offset + PAGE_RANK * in_features
+                    a = pages.arena[offset:middle].view(PAGE_RANK, in_features)
+                    b = pages.arena[middle : middle + PAGE_RANK * site.size].view(PAGE_RANK, site.size)
+                    y[rows, columns] += ((hidden @ a.float().T * scale) @ b.float()).to(y.dtype)
+
+
+def lora_add(
+    y: Tensor, x: Tensor, pages: AdapterPages, layer: int, sites: tuple[Site, ...], segments: Segments
+) -> None:
+    """y[rows, start:start+size] += sum_j weight_j * scaling[slot_j, layer, site] * sum_pages (x @ A.T) @ B.
+
+    In place. y: [M, sum of N]; x: [M, K], shared by all sites of one call: (q, k, v), (o,), (gate, up) or
+    (down,). Rows of no segment and rows whose slots are all -1 stay untouched.
+    """
+    lora_add_reference(y, x, pages, layer, sites, segments)

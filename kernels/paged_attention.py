@@ -1,0 +1,70 @@
+"""Causal attention of flat query rows over a paged KV cache; decode, chunked prefill and mixes of both.
+
+    y[i, h] = softmax(scale * q[i, h] @ K[:p + 1, h // G].T) @ V[:p + 1, h // G],   p = position of row i
+
+Row i of sequence s stands at position kv_lens[s] - q_len[s] + i. With a sliding window W only positions
+p - W + 1 .. p are seen. Grouped heads: G = Hq / Hk query heads share one key head. Source: FlashAttention
+(arXiv:2205.14135) for the online softmax, PagedAttention (arXiv:2309.06180) for the block table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def paged_attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    sliding_window: int = 0,
+) -> Tensor:
+    """softmax(scale * q @ K.T, causal) @ V per sequence, in float32; shapes as in `paged_attention`."""
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    block_size = k_cache.shape[2]
+    group = q.shape[1] // k_cache.shape[1]
+    bounds = cu_seqlens_q.tolist()
+    for sequence, kv_len in enumerate(kv_lens.tolist()):
+        start, stop = bounds[sequence], bounds[sequence + 1]
+        if start == stop:
+            continue
+        blocks = block_tables[sequence, : -(-kv_len // block_size)].long()
+        keys, values = (
+            cache[blocks].transpose(1, 2).flatten(0, 1)[:kv_len].float().repeat_interleave(group, dim=1)
+            for cache in (k_cache, v_cache)
+        )  # [kv_len, Hq, D]
+        query_pos = torch.arange(kv_len - (stop - start), kv_len, device=q.device).unsqueeze(1)
+        key_pos = torch.arange(kv_len, device=q.device).unsqueeze(0)
+        hidden = key_pos > query_pos
+        if sliding_window > 0:
+            hidden |= key_pos <= query_pos - sliding_window
+        scores = torch.einsum("qhd,khd->hqk", q[start:stop].float() * scale, keys)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        out[start:stop] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+    return out
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    sliding_window: int = 0,
+) -> Tensor:
+    """softmax(scale * q @ K.T, causal) @ V for every row of every sequence of the batch.
+
+    q: [T, Hq, D], strided views allowed; caches: [num_blocks, Hk, B, D], float32, bfloat16 or float16;
+    block_tables: int32 [S, max_blocks]; cu_seqlens_q: int32 [S + 1], rows cu[s]..cu[s+1] are sequence s (may be
+    none); kv_lens: int32 [S], tokens in the cache including this step's own; scale: usually D ** -0.5;
+    sliding_window: tokens seen including the row's own, 0 for all. Returns [T, Hq, D] contiguous, q's dtype.
+    """
+    return paged_attention_reference(
+        q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, scale, sliding_window
+    )

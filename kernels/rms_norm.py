@@ -1,0 +1,45 @@
+"""Root-mean-square norm over the last dimension, optionally fused with the residual addition before it.
+
+    residual <- residual + x                      (only where a residual is given)
+    y = x / sqrt(mean(x**2) + eps) * weight       x here is the updated residual where one is given
+
+Computed in float32; the normalized value is rounded to x's dtype before the weight multiplies it, as in the
+Hugging Face Llama family.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = x / sqrt(mean(x**2) + eps) * weight; x [..., D], weight [D] -> [..., D] in x's dtype."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (weight * normed.to(x.dtype)).to(x.dtype)
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = x / sqrt(mean(x**2) + eps) * weight over the last dimension.
+
+    x: [..., D], any strides over the leading dimensions (a head of a fused qkv output may be handed as a view);
+    weight: [D]; residual: same shape as x, updated in place to residual + x, and then normed in x's stead.
+    Returns y, contiguous in x's dtype; with a residual the pair (y, residual).
+    """
+    if residual is None:
+        return rms_norm_reference(x, weight, eps)
+    residual += x
+    return rms_norm_reference(residual, weight, eps), residual
