@@ -1,46 +1,51 @@
 """The line between the engine loop and the ways of choosing tokens.
 
-The loop knows three verbs, plan → forward → commit. Commit hands the rows that have logits to a `Strategy` and
-gets back `Continuation`s: which row goes on, with which tokens. Everything else is the loop's: appending tokens,
-end-of-sequence, stop ids and lengths, forking block tables, freeing, sending. Everything about probabilities is
-the strategy's. How the strategies of the field fit:
+The loop knows three verbs, plan → forward → commit. Commit hands the rows that have logits to a `Strategy`
+and gets back `Continuation`s: which row goes on, with which tokens. Everything else is the loop's: appending
+tokens, end-of-sequence, stop ids and lengths, forking block tables, freeing, sending. Everything about
+probabilities is the strategy's. How the strategies of the field fit:
 
 **Sampling, greedy** (`sampling.py`). One continuation with one token per row.
 
-**n > 1, best of n.** n sequences share the prompt's blocks from the start and differ by `Row.index`, which the
-random draws depend on. Best of n keeps the sum of log-probabilities per `Row.key` and ends the group with `final`.
+**n > 1, best of n.** n sequences share the prompt's blocks from the start and differ by `Row.index`, which
+the random draws depend on. Best of n keeps the sum of log-probabilities per `Row.key` and ends the group with
+`final`.
 
-**Beam search.** The rows of one request share `Row.group` and are decided together. The strategy keeps per group
-the beams' scores and the finished hypotheses; from width × vocabulary scores it returns the best `width`
-continuations by parent. A parent with two continuations is forked (the first goes on in place, each other one gets
-a new sequence over the same blocks, copied on write), a parent with none is dropped, so that reordering beams moves
-references and never KV. A hypothesis that takes end-of-sequence is kept by the strategy and not continued. Beams are
-not streamed: `held` covers their whole output. When the group is over, each of the n best is returned with `final`
-and its `score`, under any parent that is left.
+**Beam search.** The rows of one request share `Row.group` and are decided together. The strategy keeps per
+group the beams' scores and the finished hypotheses; from width × vocabulary scores it returns the best
+`width` continuations by parent. A parent with two continuations is forked (the first goes on in place, each
+other one gets a new sequence over the same blocks, copied on write), a parent with none is dropped, so that
+reordering beams moves references and never KV. A hypothesis that takes end-of-sequence is kept by the
+strategy and not continued. Beams are not streamed: `held` covers their whole output. When the group is over,
+each of the n best is returned with `final` and its `score`, under any parent that is left.
 
-**Contrastive search.** A candidate must be run to get its hidden state, so candidates are tentative forks: one step
-returns k continuations of a parent with `held=1` (their last token is not to be shown yet), the next step sees k rows
-of one group with logits and, because `needs_hidden_states`, the final hidden states; it chooses one by probability
-and degeneration penalty, continues only that one (again as k tentative forks), and drops the others. The hidden
-states so far are kept by `Row.key`; a fork's are copied from its parent's through `forked`.
+**Contrastive search.** A candidate must be run to get its hidden state, so candidates are tentative forks:
+one step returns k continuations of a parent with `held=1` (their last token is not to be shown yet), the next
+step sees k rows of one group with logits and, because `needs_hidden_states`, the final hidden states; it
+chooses one by probability and degeneration penalty, continues only that one (again as k tentative forks), and
+drops the others. The hidden states so far are kept by `Row.key`; a fork's are copied from its parent's
+through `forked`.
 
-**Speculation.** Before plan, the loop calls `draft`: proposals per row, from the text so far (prompt lookup) or from
-a draft model that the strategy holds. Plan schedules 1 + d tokens for that row and asks for the logits of all of
-them, and `Row.draft_token_ids` holds the proposal while decide runs: rows own consecutive logits rows, 1 + d each.
-The strategy accepts m of them (all that greedy would have chosen; rejection sampling otherwise) and returns one
-continuation with m + 1 tokens. The loop truncates the sequence's blocks to what was accepted. The draws of a
-rejection come from their own stream of the counter-based generator (`random.uniforms`), so seeds still decide.
+**Speculation.** Before plan, the loop calls `draft`: proposals per row, from the text so far (prompt lookup)
+or from a draft model that the strategy holds. Plan schedules 1 + d tokens for that row and asks for the
+logits of all of them, and `Row.draft_token_ids` holds the proposal while decide runs: rows own consecutive
+logits rows, 1 + d each. The strategy accepts m of them (all that greedy would have chosen; rejection sampling
+otherwise) and returns one continuation with m + 1 tokens. The loop truncates the sequence's blocks to what
+was accepted. The draws of a rejection come from their own stream of the counter-based generator
+(`philox.uniforms`), so seeds still decide.
 
-**Grammars, bad words, allowed tokens.** A `Processor` changes the logits before anything is chosen: a grammar keeps
-its matcher per `Row.key`, derives it again from the tokens when it meets a new key, and writes -inf for the whole
-batch at once from one bit mask. With drafts it gets one `Row` per logits row, whose output includes the draft so far.
+**Grammars, bad words, allowed tokens.** A `Processor` changes the logits before anything is chosen: a grammar
+keeps its matcher per `Row.key`, derives it again from the tokens when it meets a new key, and writes -inf for
+the whole batch at once from one bit mask. With drafts it gets one `Row` per logits row, whose output includes
+the draft so far.
 
-**Guidance.** A request is two sequences of one group: the second one has another combo (no adapter) or another
-prompt, and its whole output is `held`. decide mixes their two logits rows, and continues both with the same token.
+**Guidance.** A request is two sequences of one group: the second one has another combo (no adapter) or
+another prompt, and its whole output is `held`. decide mixes their two logits rows, and continues both with
+the same token.
 
 State. A strategy and its processors may keep state per `Row.key`, but it must follow from the row's tokens: a
-preempted sequence comes back with the same key and the same tokens, a fork with a new key and its parent's tokens.
-`release` ends it. Nothing here may depend on which other rows are in the batch.
+preempted sequence comes back with the same key and the same tokens, a fork with a new key and its parent's
+tokens. `release` ends it. Nothing here may depend on which other rows are in the batch.
 """
 
 from __future__ import annotations
@@ -104,14 +109,14 @@ class Strategy(Protocol):
 
     needs_hidden_states: bool
 
-    def decide(
-        self, rows: Sequence[Row], logits: Tensor, hidden_states: Tensor | None = None
-    ) -> list[Continuation]:
+    def decide(self, rows: Sequence[Row], logits: Tensor, hidden_states: Tensor | None = None) -> list[Continuation]:
         """Continue each row.
 
         rows: R sequences; those of one group are adjacent
-        logits: float32 [Σ (1 + drafts of a row), V], the rows' logits one after the other. The callee may overwrite them
-        hidden_states: [same, H], the states that the logits were computed from; given when `needs_hidden_states`
+        logits: float32 [Σ (1 + drafts of a row), V], the rows' logits one after the other. The callee may
+            overwrite them
+        hidden_states: [same, H], the states that the logits were computed from; given when
+            `needs_hidden_states`
 
         Returns continuations ordered by parent.
         """

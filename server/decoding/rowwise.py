@@ -1,0 +1,127 @@
+"""Reductions along the vocabulary in which a row has the same bits whatever other rows there are.
+
+Measured on two cores, 16 rows × 49,152: `torch.argmax` 1.0 ms, numpy's 0.13 ms; `torch.topk(64)` 2.3 ms,
+`torch.sort` 43 ms, the block maxima of `top_values` 0.6 ms, numpy's vectorised partition 1.3 ms and sort 3.7
+ms. Hence numpy on the CPU, where it shares the tensor's memory; on other devices torch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+BLOCK = 16  # elements under one maximum: smaller blocks cost more maxima, larger ones a longer candidate list
+WIDTH = 128  # elements under one partial sum; divides the vocabularies of the Llama family, so that nothing is padded
+
+Ints = NDArray[np.int64]
+Doubles = NDArray[np.float64]
+
+
+def argmax(logits: Tensor) -> Ints:
+    """The first index of each row's largest value.
+
+    logits: float32 [R, V]. Returns int64 [R].
+    """
+    if logits.device.type == "cpu":
+        return np.asarray(np.argmax(logits.numpy(), axis=1), np.int64)
+    return np.asarray(logits.argmax(dim=1).cpu().numpy(), np.int64)
+
+
+def top_values(logits: Tensor, count: int) -> NDArray[np.float32]:
+    """The `count` largest values of each row, descending; values only, so ties have no order to get wrong.
+
+    logits: float32 [R, V], no NaN. Returns float32 [R, min(count, V)].
+    """
+    vocabulary = logits.shape[1]
+    count = min(count, vocabulary)
+    if logits.device.type != "cpu":
+        return np.asarray(logits.topk(count, dim=1).values.cpu().numpy())
+    values = logits.numpy()
+    if count * BLOCK * 4 <= vocabulary:
+        values = _candidates(logits, count)
+    if count * 4 <= values.shape[1]:
+        values = np.partition(values, values.shape[1] - count, axis=1)[:, -count:]
+    return np.sort(values, axis=1)[:, : -count - 1 : -1]
+
+
+def _candidates(logits: Tensor, count: int) -> NDArray[np.float32]:
+    """A superset of each row's `count` largest: the blocks with the `count` largest maxima, and the ragged end.
+
+    A block is every `blocks`-th element, so that its maximum is a vertical one. An element among the `count`
+    largest lies in a block whose maximum is at least as large, and fewer than `count` other blocks have a
+    larger one.
+    """
+    rows, vocabulary = logits.shape
+    blocks = vocabulary // BLOCK
+    body = logits[:, : blocks * BLOCK].unflatten(1, (BLOCK, blocks))
+    maxima = body.amax(dim=1).numpy()
+    chosen = np.argpartition(maxima, blocks - count, axis=1)[:, -count:]
+    inside = np.take_along_axis(body.numpy(), chosen[:, None, :], axis=2).reshape(rows, BLOCK * count)
+    return np.concatenate((inside, logits[:, blocks * BLOCK :].numpy()), axis=1)
+
+
+def nth_equal(logits: Tensor, values: NDArray[np.float32], nth: Ints) -> Ints:
+    """The index of the `nth[r]`-th element of row r, from 0, that equals `values[r]`; it must exist.
+
+    logits: float32 [R, V]; values: float32 [R]; nth: int64 [R]. Returns int64 [R].
+    """
+    wanted = torch.from_numpy(values).to(logits.device)[:, None]
+    if logits.device.type == "cpu":
+        equal = logits.numpy() == wanted.numpy()
+    else:
+        equal = (logits == wanted).cpu().numpy()
+    found = np.asarray(equal.argmax(axis=1), np.int64)
+    for row in np.flatnonzero(nth):
+        found[row] = np.flatnonzero(equal[row])[nth[row]]
+    return found
+
+
+def probabilities(logits: Tensor, temperatures: NDArray[np.float32]) -> Tensor:
+    """p[r, t] = softmax((z[r] - max z[r]) / T[r])[t], then zeros up to a multiple of `WIDTH`.
+
+    Subtracting first keeps the largest exact at any T. softmax is torch's, whose kernel works row by row.
+    logits: float32 [R, V]; temperatures: float32 [R], > 0. Returns float32 [R, ⌈V / WIDTH⌉ · WIDTH].
+    """
+    if np.any(temperatures != 1.0):
+        logits = logits - logits.amax(dim=1, keepdim=True)
+        logits.div_(torch.from_numpy(temperatures).to(logits.device)[:, None])
+    p = torch.softmax(logits, dim=1)
+    ragged = p.shape[1] % WIDTH
+    return torch.nn.functional.pad(p, (0, WIDTH - ragged)) if ragged else p
+
+
+def cumulative_sums(p: Tensor) -> Doubles:
+    """Sums of all elements up to the end of each span of `WIDTH`: float32 within a span, float64 over spans.
+
+    p: float32 [R, C · WIDTH]. Returns float64 [R, C].
+    """
+    sums = p.view(len(p), -1, WIDTH).sum(dim=2)
+    return np.cumsum(sums.cpu().numpy(), axis=1, dtype=np.float64)
+
+
+def draw(p: Tensor, uniform: Doubles) -> Ints:
+    """The inverse of the cumulative distribution in the order of the token ids.
+
+    p: float32 [R, C · WIDTH]; uniform: float64 [R] in [0, 1). Returns int64 [R].
+    """
+    rows = np.arange(len(p))
+    cumulative = cumulative_sums(p)
+    target = uniform * cumulative[:, -1]
+    span = first_above(cumulative, target)
+    before = np.where(span > 0, cumulative[rows, span - 1], 0.0)
+    inside = p.view(len(p), -1, WIDTH)[torch.from_numpy(rows), torch.from_numpy(span)]
+    return span * WIDTH + first_above(np.cumsum(inside.cpu().numpy(), axis=1, dtype=np.float64), target - before)
+
+
+def first_above(cumulative: Doubles, target: Doubles) -> Ints:
+    """The first place of each row whose cumulative sum exceeds the target; if rounding left none, the last that adds.
+
+    cumulative: float64 [R, C], not decreasing; target: float64 [R]. Returns int64 [R].
+    """
+    above = cumulative > target[:, None]
+    none = ~above[:, -1]
+    if none.any():
+        above[none] = cumulative[none] == cumulative[none, -1:]
+    return np.asarray(above.argmax(axis=1), np.int64)
