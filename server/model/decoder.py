@@ -1,0 +1,308 @@
+"""The decoder of the Llama family: one layer function for every model that `ModelConfig` can describe.
+
+    h_0 = E[token]
+    a_l = h_l + O · attention(rope(norm(Q x)), rope(norm(K x)), V x),    x = RMSNorm(h_l)
+    h_{l+1} = a_l + Down · (silu(Gate z) ⊙ Up z),                        z = RMSNorm(a_l)
+    logits = Head · RMSNorm(h_L)
+
+Q, K, V and Gate, Up are one product each; the biases, the norms of q and k and the sliding window are there or not,
+as the config says. Adapters add Σ_j w_j s_j (x A_jᵀ) B_j to the outputs of the seven linears.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from lorry.kernels.kv_store import kv_store
+from lorry.kernels.linear import DenseLinear, dense_linear, embed
+from lorry.kernels.lora import SITES, AdapterPages, Site, lora_add
+from lorry.kernels.nf4 import NF4Weight
+from lorry.kernels.paged_attention import paged_attention
+from lorry.kernels.rms_norm import rms_norm
+from lorry.kernels.rope import rope
+from lorry.kernels.silu_mul import silu_mul
+from lorry.server.model.config import ModelConfig
+from lorry.server.model.errors import UnsupportedModel
+from lorry.server.model.inputs import ModelInputs
+from lorry.server.model.projection import Projection
+from lorry.server.model.weights import Checkpoint, LinearWeight, read_ends, read_layer
+from lorry.server.model.writer import Progress
+
+
+if TYPE_CHECKING:
+    from lorry.adapters.layout import ModelLayout
+
+
+class KeyValueCache(Protocol):
+    """Paged keys and values per layer, each [num_blocks, kv_heads, block_size, head_dim]."""
+
+    @property
+    def keys(self) -> list[Tensor]: ...
+
+    @property
+    def values(self) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one layer, ready for the kernels."""
+
+    index: int
+    input_norm: Tensor
+    qkv: Projection
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Projection
+    post_norm: Tensor
+    gate_up: Projection
+    down: Projection
+    sliding_window: int
+
+
+class Decoder:
+    """A loaded model. Build it with `load_model`; everything it is asked for goes through arguments.
+
+    `config`: its shape; `layout`: the linears that adapters can change; `dtype`: of activations; `device`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Sequence[Layer],
+        embedding: DenseLinear,
+        final_norm: Tensor,
+        head: Projection | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        shapes = config.linear_shapes()
+        self._layers = tuple(layers)
+        self._embedding = embedding
+        self._final_norm = final_norm
+        self._head = head
+        self._rope_table = config.rope.table(config.head_dim, config.context_length).to(device)
+        self._scale = config.head_dim**-0.5
+        self._q_size = config.heads * config.head_dim
+        self._kv_size = config.kv_heads * config.head_dim
+        self._qkv_sites = _sites(shapes, ("q_proj", "k_proj", "v_proj"))
+        self._o_sites = _sites(shapes, ("o_proj",))
+        self._gate_up_sites = _sites(shapes, ("gate_proj", "up_proj"))
+        self._down_sites = _sites(shapes, ("down_proj",))
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        context_length: int | None = None,
+        progress: Progress | None = None,
+    ) -> Decoder:
+        """Read every layer once; raises MalformedCheckpoint, and UnsupportedModel for a `context_length` beyond
+        the model's."""
+        config, device = checkpoint.config, torch.device(device)
+        if context_length is not None:
+            if not 1 <= context_length <= config.context_length:
+                raise UnsupportedModel(
+                    f"context_length {context_length} is not within the model's {config.context_length}",
+                    field="context_length",
+                )
+            config = dataclasses.replace(config, context_length=context_length)
+        dense_dtype = dtype if dtype.itemsize < 4 else None
+        ends = read_ends(checkpoint)
+        embedding = ends.embedding.to(device)
+        head = None if ends.head is None else Projection([_placed(ends.head, device)], None, dense_dtype)
+        layers = []
+        for index in range(config.layers):
+            layers.append(_read_layer(checkpoint, index, device, dtype, dense_dtype))
+            if progress:
+                progress("load", index + 1, config.layers)
+        checkpoint.close()
+        return cls(
+            config,
+            layers,
+            DenseLinear(embedding if dense_dtype is None else embedding.to(dense_dtype)),
+            ends.final_norm.to(device, dtype),
+            head,
+            dtype,
+            device,
+        )
+
+    def forward(self, inputs: ModelInputs, kv: KeyValueCache, pages: AdapterPages | None = None) -> Tensor:
+        """Hidden states [T, H] after the final norm, in `dtype`; stores this step's keys and values into `kv`.
+
+        `pages` may be None only where `inputs.segments` is.
+        """
+        hidden = embed(inputs.token_ids, self._embedding, self.dtype)
+        residual: Tensor | None = None
+        for layer in self._layers:
+            hidden, residual = self._layer(layer, hidden, residual, inputs, kv, pages)
+        normed, _ = rms_norm(hidden, self._final_norm, self.config.rms_eps, residual)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Head over hidden states [R, H] → float32 [R, V]."""
+        head = self._head
+        logits = dense_linear(hidden, self._embedding) if head is None else head.project(hidden)
+        return logits.float()
+
+    def _layer(
+        self,
+        layer: Layer,
+        hidden: Tensor,
+        residual: Tensor | None,
+        inputs: ModelInputs,
+        kv: KeyValueCache,
+        pages: AdapterPages | None,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [T, H]: what the layer before has still to add to the stream `residual` [T, H]."""
+        config, tokens = self.config, hidden.shape[0]
+        keys, values = kv.keys[layer.index], kv.values[layer.index]
+        normed, residual = _add_norm(hidden, layer.input_norm, config.rms_eps, residual)
+
+        qkv = layer.qkv.project(normed)  # [T, (Hq + 2 Hk) D]
+        self._add_adapters(qkv, normed, layer.index, self._qkv_sites, inputs, pages)
+        q, k, v = qkv.split((self._q_size, self._kv_size, self._kv_size), dim=1)
+        q = q.unflatten(1, (config.heads, config.head_dim))
+        k = k.unflatten(1, (config.kv_heads, config.head_dim))
+        v = v.unflatten(1, (config.kv_heads, config.head_dim))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, config.rms_eps), rms_norm(k, layer.k_norm, config.rms_eps)
+        rope(q, k, inputs.positions, self._rope_table)
+        kv_store(k, v, keys, values, inputs.slot_mapping)
+        mixed = paged_attention(
+            q,
+            keys,
+            values,
+            inputs.block_tables,
+            inputs.cu_seqlens_q,
+            inputs.kv_lens,
+            self._scale,
+            layer.sliding_window,
+        ).view(tokens, self._q_size)
+
+        attended = layer.o.project(mixed)
+        self._add_adapters(attended, mixed, layer.index, self._o_sites, inputs, pages)
+        normed, residual = _add_norm(attended, layer.post_norm, config.rms_eps, residual)
+
+        gate_up = layer.gate_up.project(normed)
+        self._add_adapters(gate_up, normed, layer.index, self._gate_up_sites, inputs, pages)
+        gated = silu_mul(gate_up)
+        out = layer.down.project(gated)
+        self._add_adapters(out, gated, layer.index, self._down_sites, inputs, pages)
+        return out, residual
+
+    def _add_adapters(
+        self,
+        y: Tensor,
+        x: Tensor,
+        layer: int,
+        sites: tuple[Site, ...],
+        inputs: ModelInputs,
+        pages: AdapterPages | None,
+    ) -> None:
+        if inputs.segments is not None:
+            assert pages is not None, "segments without pages"
+            lora_add(y, x, pages, layer, sites, inputs.segments)
+
+    @property
+    def layout(self) -> ModelLayout:
+        """The linears that adapters can change: site → (K, N)."""
+        from lorry.adapters.layout import ModelLayout
+
+        shapes = self.config.linear_shapes()
+        return ModelLayout(
+            layers=self.config.layers, sites={site: (shapes[site][1], shapes[site][0]) for site in SITES}
+        )
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The fused linears of all layers, first layer first."""
+        return tuple(p for layer in self._layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
+
+    @property
+    def bits_per_linear_weight(self) -> float:
+        """8 * bytes held for the NF4 linears of the layers / their weights; 0 when there is none."""
+        weights = sum(projection.nf4_weights for projection in self.projections)
+        return 8 * sum(projection.nf4_bytes for projection in self.projections) / weights if weights else 0.0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in memory."""
+        linears = [*self.projections, *([self._head] if self._head else [])]
+        return sum(p.nbytes for p in linears) + self._embedding.nbytes + sum(n.nbytes for n in self._norms())
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases of the model; tied embeddings count once."""
+        linears = [*self.projections, *([self._head] if self._head else [])]
+        embedding = self.config.vocab_size * self.config.hidden_size
+        return sum(p.parameters for p in linears) + embedding + sum(norm.numel() for norm in self._norms())
+
+    def _norms(self) -> list[Tensor]:
+        norms = [n for la in self._layers for n in (la.input_norm, la.post_norm, la.q_norm, la.k_norm)]
+        return [norm for norm in (*norms, self._final_norm) if norm is not None]
+
+
+def _add_norm(hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """residual += hidden, then RMSNorm; before the first layer the stream is `hidden` itself."""
+    if residual is None:
+        return rms_norm(hidden, weight, eps), hidden
+    return rms_norm(hidden, weight, eps, residual)
+
+
+def _sites(shapes: dict[str, tuple[int, int]], names: tuple[str, ...]) -> tuple[Site, ...]:
+    """Where the outputs of linears fused in this order lie in the columns of y."""
+    sites, start = [], 0
+    for name in names:
+        size = shapes[name][0]
+        sites.append(Site(index=SITES.index(name), start=start, size=size))
+        start += size
+    return tuple(sites)
+
+
+def _read_layer(
+    checkpoint: Checkpoint, index: int, device: torch.device, dtype: torch.dtype, dense_dtype: torch.dtype | None
+) -> Layer:
+    weights = read_layer(checkpoint, index)
+
+    def fused(*sites: str) -> Projection:
+        biases = [weights.biases[site].to(device) if site in weights.biases else None for site in sites]
+        return Projection([_placed(weights.linears[site], device) for site in sites], biases, dense_dtype)
+
+    def norm(weight: Tensor | None) -> Tensor | None:
+        return None if weight is None else weight.to(device, dtype)
+
+    return Layer(
+        index=index,
+        input_norm=weights.input_norm.to(device, dtype),
+        qkv=fused("q_proj", "k_proj", "v_proj"),
+        q_norm=norm(weights.q_norm),
+        k_norm=norm(weights.k_norm),
+        o=fused("o_proj"),
+        post_norm=weights.post_norm.to(device, dtype),
+        gate_up=fused("gate_proj", "up_proj"),
+        down=fused("down_proj"),
+        sliding_window=checkpoint.config.sliding_windows[index],
+    )
+
+
+def _placed(weight: LinearWeight, device: torch.device) -> LinearWeight:
+    if isinstance(weight, Tensor):
+        return weight.to(device)
+    moved = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(NF4Weight)
+        if isinstance(value := getattr(weight, field.name), Tensor)
+    }
+    return dataclasses.replace(weight, **moved)

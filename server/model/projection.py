@@ -1,0 +1,81 @@
+"""Linears that share their input, fused along N: y = [x W_1ᵀ + b_1 | x W_2ᵀ + b_2 | …].
+
+NF4 parts become one NF4Linear, floating-point parts (modules that a checkpoint kept out of quantization) one
+DenseLinear. A mix of both keeps one product per run of equal kind, so that the layer code need not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from lorry.kernels.linear import DenseLinear, dense_linear
+from lorry.kernels.nf4 import NF4Weight
+from lorry.kernels.nf4_linear import NF4Linear, nf4_linear
+from lorry.server.model.weights import LinearWeight
+
+
+class Projection:
+    """`weights`: [N_i, K] each; `biases`: [N_i] or None each; `dense_dtype`: dtype to keep dense weights in, or
+    None for the dtype in which they are stored. `project(x [M, K])` gives [M, ΣN]."""
+
+    def __init__(
+        self,
+        weights: Sequence[LinearWeight],
+        biases: Sequence[Tensor | None] | None = None,
+        dense_dtype: torch.dtype | None = None,
+    ) -> None:
+        pairs = list(zip(weights, biases or [None] * len(weights), strict=True))
+        self.pieces: list[NF4Linear | DenseLinear] = []
+        for _, run in groupby(pairs, key=lambda pair: _kind(pair[0])):
+            group = list(run)
+            nf4 = [weight for weight, _ in group if isinstance(weight, NF4Weight)]
+            dense = [weight for weight, _ in group if isinstance(weight, Tensor)]
+            bias = _fused_bias(group)
+            self.pieces.append(
+                NF4Linear(nf4, bias) if nf4 else DenseLinear(_joined(dense, dense_dtype), bias)
+            )
+        self.nf4_weights = sum(w.shape[0] * w.shape[1] for w in weights if isinstance(w, NF4Weight))
+        self.parameters = sum(w.shape[0] * w.shape[1] for w in weights)
+        self.parameters += sum(bias.numel() for _, bias in pairs if bias is not None)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def nf4_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces if isinstance(piece, NF4Linear))
+
+    def project(self, x: Tensor) -> Tensor:
+        """x [M, K] → [M, ΣN] in x's dtype."""
+        if len(self.pieces) == 1:
+            return _apply(x, self.pieces[0])
+        return torch.cat([_apply(x, piece) for piece in self.pieces], dim=1)
+
+
+def _apply(x: Tensor, piece: NF4Linear | DenseLinear) -> Tensor:
+    return nf4_linear(x, piece) if isinstance(piece, NF4Linear) else dense_linear(x, piece)
+
+
+def _kind(weight: LinearWeight) -> tuple[object, ...]:
+    """Weights of equal kind can be fused."""
+    if isinstance(weight, NF4Weight):
+        return ("nf4", weight.blocksize, weight.nested_absmax is not None, weight.nested_blocksize, weight.dtype)
+    return ("dense", weight.dtype)
+
+
+def _joined(weights: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
+    joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+    return joined if dtype is None else joined.to(dtype)
+
+
+def _fused_bias(group: Sequence[tuple[LinearWeight, Tensor | None]]) -> Tensor | None:
+    if all(bias is None for _, bias in group):
+        return None
+    return torch.cat(
+        [torch.zeros(weight.shape[0]) if bias is None else bias.float() for weight, bias in group]
+    )

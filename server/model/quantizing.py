@@ -1,0 +1,36 @@
+"""A floating-point checkpoint seen as an NF4 one: each linear is quantized at the moment when it is read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorry.kernels.nf4 import quantize
+from lorry.server.model.config import ModelConfig
+from lorry.server.model.weights import HEAD, Checkpoint, LinearWeight
+
+
+class QuantizingCheckpoint:
+    """`Checkpoint` whose linears (the output head excepted, as in bitsandbytes) are quantize(w): blocks of 64, double
+    quantization, dequantizing to the dtype in which the weight was stored. At most one linear is in memory as float.
+    """
+
+    def __init__(self, source: Checkpoint, device: torch.device | str = "cpu") -> None:
+        self._source = source
+        self._device = device
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._source.config
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._source.tensor(name, shape)
+
+    def linear(self, module: str, shape: tuple[int, int]) -> LinearWeight:
+        weight = self._source.linear(module, shape)
+        if module == HEAD or not isinstance(weight, Tensor):
+            return weight
+        return quantize(weight.to(self._device))
+
+    def close(self) -> None:
+        self._source.close()

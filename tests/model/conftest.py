@@ -1,0 +1,194 @@
+"""Oracles of the model room: transformers over the dequantized base, and a paged run through shuffled blocks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from lorry.kernels.lora import SITES, AdapterPages, Segments
+from lorry.server.model.decoder import Decoder
+from lorry.server.model.inputs import ModelInputs
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+BLOCK = 16
+
+
+@dataclass
+class Cache:
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖ in float64."""
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm())
+
+
+def tiny_model(model_type: str, dtype: torch.dtype, **shape: Any) -> PreTrainedModel:
+    """A random transformers model whose logits are far from uniform; biases and norms are not their defaults."""
+    torch.manual_seed(sum(map(ord, model_type)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.2)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.9 / parameter.shape[-1] ** 0.5)
+    return model.to(dtype)
+
+
+def nf4_round(weight: Tensor) -> Tensor:
+    """What bitsandbytes makes of a weight: quantize with double quantization, then dequantize."""
+    packed, state = bnb.quantize_4bit(weight.detach().contiguous(), quant_type="nf4", compress_statistics=True)
+    return bnb.dequantize_4bit(packed, state)
+
+
+def dequantized_base(model: PreTrainedModel) -> PreTrainedModel:
+    """Round the linears of all layers to NF4 in place, as the head and the embedding are not."""
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name.split(".")[-1] in SITES:
+                module.weight.copy_(nf4_round(module.weight))
+    return model
+
+
+def reference_logits(model: nn.Module, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """float32 [len, V] of each sequence, each run alone."""
+    with torch.no_grad():
+        return [model(torch.tensor([list(ids)])).logits[0].float() for ids in sequences]
+
+
+def paged_logits(
+    decoder: Decoder,
+    sequences: Sequence[Sequence[int]],
+    *,
+    chunks: Sequence[Sequence[int]],
+    kv_dtype: torch.dtype = torch.float32,
+    pages: AdapterPages | None = None,
+    combos: Sequence[tuple[tuple[int, float], ...]] | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Logits [len, V] at every position of every sequence, run in one batch over a paged cache.
+
+    Step t takes `chunks[s][t]` tokens of sequence s, and one where the list has ended; tables point at shuffled
+    blocks of a cache filled with NaN, so that a read of anything not stored shows.
+    """
+    config, device = decoder.config, torch.device("cpu")
+    needed = [-(-len(ids) // BLOCK) for ids in sequences]
+    shape = (sum(needed) + 3, config.kv_heads, BLOCK, config.head_dim)
+    kv = Cache(
+        [torch.full(shape, torch.nan, dtype=kv_dtype) for _ in range(config.layers)],
+        [torch.full(shape, torch.nan, dtype=kv_dtype) for _ in range(config.layers)],
+    )
+    free = list(range(shape[0]))
+    random.Random(seed).shuffle(free)
+    tables = [[free.pop() for _ in range(count)] for count in needed]
+    done = [0] * len(sequences)
+    rows: list[list[Tensor]] = [[] for _ in sequences]
+    step = 0
+    while any(done[s] < len(ids) for s, ids in enumerate(sequences)):
+        tokens, positions, slots, cu, lengths, block_rows = [], [], [], [0], [], []
+        members = []
+        for s, ids in enumerate(sequences):
+            take = chunks[s][step] if step < len(chunks[s]) else 1
+            take = min(take, len(ids) - done[s])
+            if take == 0:
+                continue
+            span = range(done[s], done[s] + take)
+            tokens += [ids[p] for p in span]
+            positions += list(span)
+            slots += [tables[s][p // BLOCK] * BLOCK + p % BLOCK for p in span]
+            cu.append(cu[-1] + take)
+            lengths.append(span.stop)
+            block_rows.append(tables[s] + [0] * (max(needed) - len(tables[s])))
+            members.append((s, take))
+            done[s] += take
+        inputs = ModelInputs(
+            token_ids=torch.tensor(tokens, device=device),
+            positions=torch.tensor(positions),
+            slot_mapping=torch.tensor(slots),
+            cu_seqlens_q=torch.tensor(cu, dtype=torch.int32),
+            kv_lens=torch.tensor(lengths, dtype=torch.int32),
+            block_tables=torch.tensor(block_rows, dtype=torch.int32),
+            segments=None if combos is None else _segments(members, cu, combos),
+            logits_rows=torch.arange(len(tokens)),
+        )
+        logits = decoder.logits(decoder.forward(inputs, kv, pages)[inputs.logits_rows])
+        for index, (s, _) in enumerate(members):
+            rows[s].append(logits[cu[index] : cu[index + 1]])
+        step += 1
+    return [torch.cat(parts) for parts in rows]
+
+
+def _segments(
+    members: Sequence[tuple[int, int]], cu: Sequence[int], combos: Sequence[tuple[tuple[int, float], ...]]
+) -> Segments:
+    """One segment per sequence, and an empty one behind the first."""
+    starts = [cu[0], cu[1], *cu[1:]]
+    chosen = [combos[s] for s, _ in members]
+    chosen.insert(1, combos[-1])
+    width = max(1, max(len(combo) for combo in chosen))
+    slots = torch.full((len(chosen), width), -1, dtype=torch.int32)
+    weights = torch.zeros(len(chosen), width)
+    for row, combo in enumerate(chosen):
+        for column, (slot, weight) in enumerate(combo):
+            slots[row, column], weights[row, column] = slot, weight
+    return Segments(torch.tensor(starts, dtype=torch.int32), slots, weights)
+
+
+def pages_of(decoder: Decoder, adapters: Sequence[dict[tuple[int, str], tuple[Tensor, Tensor, float]]]) -> AdapterPages:
+    """Rank pages of {(layer, site): (A [r, K], B [N, r], scaling)} per slot, in float32."""
+    most = max(-(-a.shape[0] // 16) for adapter in adapters for a, _, _ in adapter.values())
+    shape = (len(adapters), decoder.config.layers, len(SITES))
+    offsets = torch.full((*shape, most), -1, dtype=torch.int64)
+    scalings = torch.zeros(shape)
+    arena: list[Tensor] = [torch.full((5,), torch.nan)]
+    used = 5
+    for slot, adapter in enumerate(adapters):
+        for (layer, site), (a, b, scaling) in adapter.items():
+            scalings[slot, layer, SITES.index(site)] = scaling
+            for page, start in enumerate(range(0, a.shape[0], 16)):
+                piece_a, piece_b = a[start : start + 16], b.T[start : start + 16]
+                padding = 16 - piece_a.shape[0]
+                content = torch.cat(
+                    [
+                        torch.cat([piece_a, torch.zeros(padding, a.shape[1])]).flatten(),
+                        torch.cat([piece_b, torch.zeros(padding, b.shape[0])]).flatten(),
+                    ]
+                )
+                offsets[slot, layer, SITES.index(site), page] = used
+                arena.append(content)
+                used += content.numel()
+    return AdapterPages(torch.cat(arena), offsets, scalings)
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Tools:
+    """The helpers above, handed to the tests as one fixture."""
+
+    relative_rms: Callable[..., float] = staticmethod(relative_rms)
+    tiny_model: Callable[..., PreTrainedModel] = staticmethod(tiny_model)
+    dequantized_base: Callable[..., PreTrainedModel] = staticmethod(dequantized_base)
+    reference_logits: Callable[..., list[Tensor]] = staticmethod(reference_logits)
+    paged_logits: Callable[..., list[Tensor]] = staticmethod(paged_logits)
+    pages_of: Callable[..., AdapterPages] = staticmethod(pages_of)
+
+
+@pytest.fixture(scope="session")
+def tools() -> Tools:
+    return Tools()
