@@ -78,7 +78,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     return
                 try:
                     async for response in responses:
-                        await context.write(response)
+                        await _write(context, response)
                 finally:
                     # A call cancelled inside `write` leaves the generator suspended; its own `finally` frees
                     # the request in the engine, so it runs now and not when the garbage collector comes by.
@@ -109,6 +109,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         finally:
             self._count(method, code.name)
             _log.debug("%s %s in %.1f ms", method, code.name, (time.monotonic() - began) * 1e3)
+
+
+async def _write(context: grpc.aio.ServicerContext[Any, Any], response: Any) -> None:
+    """Await the transport's taking of `response`; CancelledError when there is nobody to take it any more."""
+    try:
+        await context.write(response)
+    except Exception as error:
+        raise asyncio.CancelledError("the client is gone") from error
 
 
 def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
