@@ -22,6 +22,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from lorry.server import errors
 
 DOMAIN = "lorry"
+MESSAGE_BYTES = 512
+FIELD_BYTES = 256
 
 _log = logging.getLogger(__name__)
 
@@ -93,9 +95,17 @@ def _reason(error: errors.LorryError) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).upper()
 
 
+def _clip(text: str, most: int) -> str:
+    """At most `most` bytes of UTF-8: a status travels in trailers, of which a client takes 8 KiB."""
+    data = text.encode(errors="replace")
+    return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "…"
+
+
 def status_of(error: errors.LorryError) -> status_pb2.Status:
     """The status of a domain error; raises KeyError for a class that the table lacks."""
     row = TABLE[type(error)]
+    fields: dict[str, object] = {key: _clip(value, FIELD_BYTES) for key, value in error.fields.items()}
+    error = type(error)(_clip(error.message, MESSAGE_BYTES), **fields)
     info = error_details_pb2.ErrorInfo(reason=_reason(error), domain=DOMAIN, metadata=error.fields)
     status = status_pb2.Status(code=row.code.value[0], message=error.message)
     for message in (info, *(detail(error) for detail in row.details)):

@@ -232,9 +232,7 @@ class FakeFrontend:
         self.scored = (prompt, tuple(continuation), adapters, deadline)
         return Score((-0.5, -1.5), (3, 4))
 
-    async def tokenize(
-        self, prompt: TextPrompt | ChatPrompt, *, add_special_tokens: bool = True
-    ) -> list[int]:
+    async def tokenize(self, prompt: TextPrompt | ChatPrompt, *, add_special_tokens: bool = True) -> list[int]:
         self.tokenized = (prompt, add_special_tokens)
         return [5, 6, 7]
 

@@ -73,9 +73,7 @@ async def test_stream_renders_every_event(frontend: Any, generation: Any, helper
 
 
 async def test_unary_collects_the_stream(frontend: Any, generation: Any, helpers: Any) -> None:
-    call = asyncio.ensure_future(
-        generation.Generate(gn.GenerateRequest(spec=gn.GenerationSpec(text="hello")))
-    )
+    call = asyncio.ensure_future(generation.Generate(gn.GenerateRequest(spec=gn.GenerationSpec(text="hello"))))
     handle = await frontend.handles.get()
     handle.put(*helpers.events_of(handle.request), None)
     answer = await call
@@ -271,9 +269,7 @@ async def test_score_tokenize_detokenize(frontend: Any, generation: Any) -> None
     tokens = await generation.Tokenize(gn.TokenizeRequest(text="", add_special_tokens=False))
     assert list(tokens.token_ids) == [5, 6, 7]
     assert frontend.tokenized == (TextPrompt(""), False)
-    chat = gn.ChatPrompt(
-        messages=[gn.ChatMessage(role="user", content="hi")], add_generation_prompt=False
-    )
+    chat = gn.ChatPrompt(messages=[gn.ChatMessage(role="user", content="hi")], add_generation_prompt=False)
     await generation.Tokenize(gn.TokenizeRequest(chat=chat))
     assert frontend.tokenized == (ChatPrompt((ChatMessage("user", "hi"),), False), True)
     text = await generation.Detokenize(gn.DetokenizeRequest(token_ids=[8, 9]))
@@ -282,9 +278,7 @@ async def test_score_tokenize_detokenize(frontend: Any, generation: Any) -> None
 
 async def test_adapters(frontend: Any, adapters: Any, helpers: Any) -> None:
     loaded = await adapters.LoadAdapter(
-        ad.LoadAdapterRequest(
-            id="p.1", path="sub/p", expected_revision=helpers.REVISION, pin=True, replace=True
-        )
+        ad.LoadAdapterRequest(id="p.1", path="sub/p", expected_revision=helpers.REVISION, pin=True, replace=True)
     )
     assert frontend.adapters.calls == [("load", "p.1", "sub/p", helpers.REVISION, True, True)]
     assert loaded.adapter == ad.Adapter(
