@@ -251,6 +251,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
     model: ModelInfo
     pid: int
+    model_folder: str = ""  # where the tokenizer lies; empty: where `resolve_model` says
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):

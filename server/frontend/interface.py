@@ -178,9 +178,7 @@ class Frontend(Protocol):
     ) -> Score:
         """Log-probabilities of a given continuation; errors as of `submit` and the handle."""
 
-    async def tokenize(
-        self, prompt: TextPrompt | ChatPrompt, *, add_special_tokens: bool = True
-    ) -> list[int]:
+    async def tokenize(self, prompt: TextPrompt | ChatPrompt, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids as Generate would see them; a chat template brings its own special tokens."""
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -60,14 +60,14 @@ class SequenceOutput:
         else:
             pieces = []
             for count, token_id in enumerate(shown, 1):
-                active = self.completion_tokens + count >= self._min_new_tokens
+                active = self.completion_tokens + count > self._min_new_tokens
                 piece, stop = self._filter.push(self._detokenizer.push((token_id,)), active)
                 pieces.append(piece)
                 if stop:
                     return self._stopped("".join(pieces), stop, token_ids[:count], logprobs and logprobs[:count])
             text = "".join(pieces)
         if finish is not None:
-            tail, stop = self._tail(self.completion_tokens + len(token_ids) >= self._min_new_tokens)
+            tail, stop = self._tail(self.completion_tokens + len(token_ids) > self._min_new_tokens)
             text += tail
             if stop:
                 return self._stopped(text, stop, token_ids, logprobs)

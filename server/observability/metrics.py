@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+import lorry
+
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """From arrival to first token, to last token, in the queue: 5 ms to 5 min."""
 TOKEN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -17,9 +19,7 @@ TOKEN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.
 LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """From the wish for an adapter until it is on the device: 5 ms to 1 min."""
 
-FINISH_REASONS = frozenset(
-    {"eos", "stop", "length", "time_limit", "aborted", "cancelled", "deadline", "error"}
-)
+FINISH_REASONS = frozenset({"eos", "stop", "length", "time_limit", "aborted", "cancelled", "deadline", "error"})
 LOAD_RESULTS = frozenset({"ok", "malformed", "not_found", "refused", "too_large", "error"})
 GRPC_CODES = frozenset(
     {
@@ -56,9 +56,7 @@ class Metrics:
         self._grpc_methods: set[str] = set()
         r = self.registry
         self.requests_running = Gauge("lorry_requests_running", "Sequences in the batch.", registry=r)
-        self.requests_waiting = Gauge(
-            "lorry_requests_waiting", "Requests that wait to be scheduled.", registry=r
-        )
+        self.requests_waiting = Gauge("lorry_requests_waiting", "Requests that wait to be scheduled.", registry=r)
         self.kv_cache_usage_ratio = Gauge(
             "lorry_kv_cache_usage_ratio", "Share of the key and value blocks in use, 0 to 1.", registry=r
         )
@@ -86,9 +84,7 @@ class Metrics:
             buckets=LATENCY_BUCKETS,
             registry=r,
         )
-        self.prompt_tokens = Counter(
-            "lorry_prompt_tokens_total", "Prompt tokens of started requests.", registry=r
-        )
+        self.prompt_tokens = Counter("lorry_prompt_tokens_total", "Prompt tokens of started requests.", registry=r)
         self.generation_tokens = Counter("lorry_generation_tokens_total", "Tokens generated.", registry=r)
         self.requests_finished = Counter(
             "lorry_requests_finished_total",
@@ -152,6 +148,12 @@ class Metrics:
         """Count loads that ended, by one of LOAD_RESULTS."""
         for result, count in by_result.items():
             self.adapter_loads.labels(result if result in LOAD_RESULTS else "other").inc(count)
+
+    def engine_started(self, model: str, device: str) -> None:
+        """The engine serves `model` on `device`."""
+        self.engine_up.set(1)
+        self.build_info.clear()
+        self.build_info.labels(lorry.__version__, model, device).set(1)
 
     def page(self) -> bytes:
         """The page in Prometheus' text format."""

@@ -44,12 +44,10 @@ def test_output_equals_a_search_in_the_whole_text(data):
     ids = data.draw(st.lists(st.integers(0, len(vocabulary) - 1), max_size=14))
     minimum = data.draw(st.integers(0, 5))
     include_stop = data.draw(st.booleans())
-    output = SequenceOutput(
-        Letters(vocabulary), StopStrings(stop), min_new_tokens=minimum, include_stop=include_stop
-    )
+    output = SequenceOutput(Letters(vocabulary), StopStrings(stop), min_new_tokens=minimum, include_stop=include_stop)
 
     whole = "".join(vocabulary[token] for token in ids)
-    ineligible = len("".join(vocabulary[token] for token in ids[: max(minimum - 1, 0)]))
+    ineligible = len("".join(vocabulary[token] for token in ids[:minimum]))
     match = first_stop(whole, stop, ends_at_least=ineligible)
     shown, tokens, rest, reason, found = "", [], list(ids), None, ""
     while reason is None:
@@ -84,9 +82,7 @@ def test_what_is_held_back_is_the_longest_suffix_that_may_become_a_stop(stop, pi
         _, found = state.push(piece, active=True)
         if found:
             return
-        longest = max(
-            (k for string in stop for k in range(1, len(string)) if seen.endswith(string[:k])), default=0
-        )
+        longest = max((k for string in stop for k in range(1, len(string)) if seen.endswith(string[:k])), default=0)
         assert state.pending == seen[len(seen) - longest :]
 
 
