@@ -55,7 +55,7 @@ def _candidates(logits: Tensor, count: int) -> NDArray[np.float32]:
     """
     rows, vocabulary = logits.shape
     blocks = vocabulary // BLOCK
-    body = logits[:, : blocks * BLOCK].unflatten(1, (BLOCK, blocks))
+    body = logits[:, : blocks * BLOCK].view(rows, BLOCK, blocks)
     maxima = body.amax(dim=1).numpy()
     chosen = np.argpartition(maxima, blocks - count, axis=1)[:, -count:]
     inside = np.take_along_axis(body.numpy(), chosen[:, None, :], axis=2).reshape(rows, BLOCK * count)

@@ -14,9 +14,10 @@ A row's draw depends on its logits and (seed, index, number of tokens it has put
 uniform number u per token, inverted through the cumulative distribution, in the order of falling z (truncated
 rows) or of token ids (plain rows). T = 0 is argmax: the smallest id among equals.
 
-Truncated rows do not sort the vocabulary. The largest 128 values come from block maxima; if the threshold
-lies below them, the largest 2048 from a partition, and only then a full sort. Sums run in float64 from the
-largest down, so that the result has the same bits whichever list it came from.
+Truncated rows do not sort the vocabulary. The largest 128 values come from block maxima; if the threshold lies
+below them, the largest 2048 from a partition; a row that keeps more than that gets its threshold from its sorted
+probabilities and is drawn from like a plain row. Sums run in float64 from the largest down, and how a row is done
+depends on that row only, so that its draw has the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from lorry.server.decoding.rowwise import (
     top_values,
 )
 
-LISTS = (128, 2048)  # how many of the largest values are tried before all
+LISTS = (128, 2048)  # how many of the largest values are tried before a row's whole vocabulary is sorted
 TINY = np.float32(1e-30)  # keeps a temperature that float32 would round to 0 a divisor
 
 
@@ -148,23 +149,44 @@ def truncated_draw(logits: Tensor, truncation: Truncation, uniform: Doubles) -> 
     if whole.size:
         p = probabilities(_take(logits, whole), truncation.temperature[whole])
         mass[whole] = cumulative_sums(p)[:, -1] / p.amax(dim=1).cpu().numpy()
-    values = np.empty(rows, np.float32)
-    nth = np.empty(rows, np.int64)
+    tokens = np.empty(rows, np.int64)
     left = np.arange(rows)
-    for count in (*LISTS, vocabulary):
-        top = top_values(_take(logits, left), count)
-        part = truncation[left]
-        weights = np.exp((top - top[:, :1]).astype(np.float64) / part.temperature[:, None])
-        kept, decided = _kept(top, weights, part, mass[left], complete=top.shape[1] == vocabulary)
-        here = left[decided]
-        rank = _rank(weights[decided], kept[decided], uniform[here])
-        top = top[decided]
-        values[here] = top[np.arange(len(top)), rank]
-        nth[here] = rank - np.argmax(top == values[here, None], axis=1)
+    for count in LISTS:
+        part = _take(logits, left)
+        top = top_values(part, count)
+        cuts = truncation[left]
+        weights = np.exp((top - top[:, :1]).astype(np.float64) / cuts.temperature[:, None])
+        kept, decided = _kept(top, weights, cuts, mass[left], complete=top.shape[1] == vocabulary)
+        at = np.flatnonzero(decided)
+        if at.size:
+            rank = _rank(weights[at], kept[at], uniform[left[at]])
+            values = top[at, rank]
+            nth = rank - np.argmax(top[at] == values[:, None], axis=1)
+            tokens[left[at]] = nth_equal(_take(part, at), values, nth)
         left = left[~decided]
         if not left.size:
-            break
-    return nth_equal(logits, values, nth)
+            return tokens
+    p = probabilities(_take(logits, left), truncation.temperature[left])
+    tokens[left] = draw(cut(p, truncation[left]), uniform[left])
+    return tokens
+
+
+def cut(p: Tensor, truncation: Truncation) -> Tensor:
+    """Zero what is not left, row by row: a row's arrays stay in the cache, and few rows come here.
+
+    p: float32 [R, C]. Returns float32 [R, C].
+    """
+    left = p.cpu().numpy().copy()
+    for row, top_k, top_p, min_p in zip(left, truncation.top_k, truncation.top_p, truncation.min_p, strict=True):
+        descending = np.sort(row)[::-1]
+        cumulative = np.cumsum(descending, dtype=np.float64)
+        least = descending[min(top_k, len(row)) - 1]
+        if top_p < 1.0:
+            mass = cumulative[np.count_nonzero(descending >= least) - 1]
+            nucleus = 1 + np.searchsorted(cumulative, top_p * mass)
+            least = max(least, descending[min(nucleus, len(row)) - 1])
+        row[row < max(least, np.float32(min_p) * descending[0])] = 0
+    return torch.from_numpy(left).to(p.device)
 
 
 def _kept(

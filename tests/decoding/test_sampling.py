@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 
 from lorry.server.decoding.interface import Row
 from lorry.server.decoding.rowwise import argmax, draw, nth_equal, probabilities, top_values
-from lorry.server.decoding.sampling import Sampling, Truncation, choose, truncated_draw
+from lorry.server.decoding.sampling import LISTS, Sampling, Truncation, choose, cut, truncated_draw
 from lorry.server.params import StoppingParams
 
 MakeRow = Callable[..., Row]
@@ -92,12 +92,19 @@ def test_every_token_gets_its_share_of_the_unit_interval(
     ],
     ids=lambda cuts: "-".join(f"{v}" for v in cuts.values()),
 )
-def test_long_rows_keep_what_transformers_keeps(vocabulary: int, spread: float, cuts: dict[str, float]) -> None:
-    """Through each of the lists: the last draw is the least likely token kept, the others invert its distribution."""
+def test_long_rows_keep_what_transformers_keeps(
+    make_row: MakeRow, vocabulary: int, spread: float, cuts: dict[str, float]
+) -> None:
+    """By each of the ways: the outermost draws are the ends of what is kept, the others invert its distribution."""
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * spread
     wanted = warped(logits, 0.8, int(cuts["top_k"]), cuts["top_p"], cuts["min_p"])
     order = torch.argsort(logits, descending=True)
     kept = order[: int((wanted > 0).sum())]
+    if len(kept) > LISTS[-1]:
+        kept = kept.sort().values
+        p = probabilities(logits[None], np.full(1, 0.8, np.float32))
+        left = cut(p, Truncation.of([make_row(temperature=0.8, **cuts)]))[0, :vocabulary] > 0
+        assert int((left != (wanted > 0)).sum()) <= (cuts["top_p"] < 1)  # sums in float32 may move its end by one
     places = np.array([0.0, 0.11, 0.5, 0.93, ALMOST_ONE])
     found = draws(logits, places, 0.8, **cuts)
     assert found[0] == kept[0]
