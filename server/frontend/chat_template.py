@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -25,7 +25,7 @@ from lorry.server.frontend.request import ChatMessage
 class _Generation(Extension):
     """{% generation %} … {% endgeneration %} marks the assistant's text for training; here it is its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (an instance variable in the base class)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -98,11 +98,11 @@ class EngineProcess:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outbox.append(command)
 
-    async def stop(self) -> None:
-        """Ask the engine to leave, then make it. Idempotent."""
+    async def stop(self, at_once: bool = False) -> None:
+        """Ask the engine to leave, then make it; `at_once` does not ask. Idempotent."""
         self._stopping = True
         process = self._process
-        if process is not None and process.returncode is None:
+        if process is not None and process.returncode is None and not at_once:
             self.send(Shutdown())
             if self._socket is None:
                 _signal(process, signal.SIGTERM)
@@ -116,6 +116,8 @@ class EngineProcess:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
             self._supervisor = None
+            if self._process is not None:
+                await self._process.wait()
             self._context.destroy(linger=0)
             self._folder.cleanup()
 

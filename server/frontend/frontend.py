@@ -21,7 +21,7 @@ from lorry.server.engine.messages import AdapterRef, EngineMessage, Loading, Mod
 from lorry.server.errors import DeadlineExceeded, Draining, EngineUnavailable, InvalidField
 from lorry.server.frontend import tokenizer as tokenizers
 from lorry.server.frontend.adapters import EngineAdapters
-from lorry.server.frontend.engine_process import COMMAND, EngineProcess
+from lorry.server.frontend.engine_process import COMMAND, EngineFailed, EngineProcess
 from lorry.server.frontend.handle import Handle
 from lorry.server.frontend.interface import Load, State
 from lorry.server.frontend.latest import Latest
@@ -49,6 +49,7 @@ from lorry.server.params import SamplingParams
 logger = logging.getLogger(__name__)
 
 IN_LOOP_CHARACTERS = 4096  # longer text is tokenized in a thread: 1 MB takes about a second
+LAST_READ_SECONDS = 1.0  # after a drain's time is over
 
 
 def _load_tokenizer(config: ServerConfig, ready: Ready) -> Tokenizer:
@@ -148,14 +149,18 @@ class EngineFrontend:
     async def start(self) -> None:
         await self._engine.start()
         assert self._ready is not None
-        self._tokenizer = await asyncio.to_thread(self._load_tokenizer, self._config, self._ready)
+        try:
+            self._tokenizer = await asyncio.to_thread(self._load_tokenizer, self._config, self._ready)
+        except Exception as error:
+            raise EngineFailed(f"the model's tokenizer cannot be read: {error}") from error
         self._serve_if_ready()
 
-    async def stop(self) -> None:
+    async def stop(self, at_once: bool = False) -> None:
+        """`at_once`: the engine is not asked but killed."""
         self._requests.abort_all()
         if self._drain_timer is not None:
             self._drain_timer.cancel()
-        await self._engine.stop()
+        await self._engine.stop(at_once)
 
     def drain(self, timeout: float | None = None) -> int:
         loop = asyncio.get_running_loop()
@@ -163,7 +168,7 @@ class EngineFrontend:
         if self._drain_timer is None or when < self._drain_timer.when():
             if self._drain_timer is not None:
                 self._drain_timer.cancel()
-            self._drain_timer = loop.call_at(when, self._requests.abort_all)
+            self._drain_timer = loop.call_at(when, self._end_drain)
         if self._state.value is not State.DRAINING:
             logger.info("draining: %d requests in flight", len(self._requests))
             self._state.set(State.DRAINING)
@@ -302,6 +307,11 @@ class EngineFrontend:
     def _check_drained(self) -> None:
         if self._state.value is State.DRAINING and not self._requests:
             self._drained.set()
+
+    def _end_drain(self) -> None:
+        """The time is over; readers that stall get a moment for what is left."""
+        self._requests.abort_all()
+        asyncio.get_running_loop().call_later(LAST_READ_SECONDS, self._drained.set)
 
     def _serve_if_ready(self) -> None:
         if self._engine_up and self._tokenizer is not None and self._state.value is not State.DRAINING:

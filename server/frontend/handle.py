@@ -130,6 +130,8 @@ class Handle:
             return  # it ended here first; the engine's message crossed our Abort
         if message.token_ids:
             self._observe(index, len(message.token_ids))
+        if self._started_at is None:  # its time was over before it was scheduled
+            self._start(0, self._command.adapters)
         output = self._outputs[index]
         piece = output.push(message.token_ids, message.logprobs, message.finish)
         self._owner.metrics.generation_tokens.inc(len(piece.token_ids))

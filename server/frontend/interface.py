@@ -156,7 +156,7 @@ class Frontend(Protocol):
         """
 
     async def drained(self) -> None:
-        """Returns when a drain was begun and no request is in flight any more."""
+        """Returns when a drain was begun and no request is in flight any more, or its time is over."""
 
     async def submit(self, request: Request) -> RequestHandle:
         """Tokenize, check against the model and hand to the engine.

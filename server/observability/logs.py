@@ -21,6 +21,17 @@ class _Context(logging.Filter):
         return True
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is when it writes, so that a progress bar may redirect it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 class LineFormatter(logging.Formatter):
     """`12:00:00.123 WARNING frontend.engine_process: text [request]`."""
 
@@ -53,7 +64,7 @@ class JsonFormatter(logging.Formatter):
 
 def set_up(format: LogFormat, level: LogLevel, stream: TextIO | None = None) -> None:
     """Send every record of `level` and above to `stream` (stderr); replaces what was set up before."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(stream) if stream else _Stderr()
     handler.setFormatter(JsonFormatter() if format == "json" else LineFormatter())
     handler.addFilter(_Context())
     root = logging.getLogger()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 
+import backends
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,9 +11,6 @@ from hypothesis import strategies as st
 from lorry.server.frontend.detokenize import MAX_HELD_TOKENS, REPLACEMENT
 from lorry.server.frontend.tokenizer import Tokenizer
 
-spec = importlib.util.spec_from_file_location("backends", Path(__file__).with_name("backends.py"))
-backends = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(backends)
 
 BYTES = Tokenizer(backends.byte_level())
 VOCABULARY = backends.byte_level().get_vocab_size()
