@@ -38,6 +38,7 @@ CODE: tuple[float, ...] = (
     1.0,
 )
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DEFAULT_BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_ABSMAX = 1e-38

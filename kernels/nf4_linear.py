@@ -1,23 +1,36 @@
 """Product with NF4 weights.
 
     y = x @ W.T (+ bias),   W[n, k] = code[q[n, k]] * absmax[(n * K + k) // 64]
+
+The CPU kernel keeps double quantization compressed and computes, one float32 chain per output,
+
+    y[m, n] = bias[n] + sum over blocks b of absmax[n, b] * (sum over the block's k of code[q[n, k]] * x[m, k])
+
+so that a row has the same bits in every batch.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lorry.kernels import nf4
+from lorry.kernels import native, nf4
 from lorry.kernels.nf4 import NF4Weight
+
+TILE = 16  # output columns that lie side by side in memory
+KIND = 3  # enum kind of csrc/linear.c
 
 
 class NF4Linear:
     """The weights of one or more linears that share their input, fused along N.
 
-    parts: NF4 weights [N_i, K] of one K; bias: [sum of N_i] or None. Each part keeps its own absmax state.
+    parts: NF4 weights [N_i, K] of one K; bias: [sum of N_i] or None. Each part keeps its own absmax state. Where the
+    CPU kernel serves (float32 rows, blocksize 64, K % 64 == 0, every N_i % 16 == 0) codes and absmax are permuted
+    once into tiles of 16 columns; `parts` undoes the permutation.
     """
 
     def __init__(self, parts: Sequence[NF4Weight], bias: Tensor | None = None) -> None:
@@ -32,17 +45,79 @@ class NF4Linear:
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"bias must be [{self.out_features}], got {list(bias.shape)}")
         self.bias = bias
-        self._parts = list(parts)
+        self.native = native.library() is not None and all(_fits(part) for part in parts)
+        self._parts = [_permuted(part) for part in parts] if self.native else list(parts)
+        if self.native:
+            self._plan()
+
+    def _plan(self) -> None:
+        """The C struct that describes these tensors; what it points to lives as long as self."""
+        self._code = self._parts[0].code.float().contiguous()
+        self._wide_bias = None if self.bias is None else self.bias.float().contiguous()
+        self._c_parts = (native.Part * len(self._parts))(*map(_describe, self._parts))
+        self._c_linear = native.Linear(
+            ctypes.addressof(self._c_parts),
+            len(self._parts),
+            self.in_features,
+            self.out_features,
+            self.out_features // TILE,
+            None if self._wide_bias is None else self._wide_bias.data_ptr(),
+            self._code.data_ptr(),
+            KIND,
+        )
+        self.plan = ctypes.addressof(self._c_linear)
 
     @property
     def parts(self) -> list[NF4Weight]:
         """The weights this was made of, bit for bit."""
-        return self._parts
+        return [_unpermuted(part) for part in self._parts] if self.native else list(self._parts)
 
     @property
     def bits_per_weight(self) -> float:
         """8 * nbytes / (N * K), bias not counted."""
         return 8 * self.nbytes / (self.out_features * self.in_features)
+
+
+def _fits(part: NF4Weight) -> bool:
+    size = part.nested_blocksize
+    return (
+        part.packed.device.type == "cpu"
+        and part.blocksize == nf4.DEFAULT_BLOCKSIZE
+        and part.shape[1] % part.blocksize == 0
+        and part.shape[0] % TILE == 0
+        and part.shape[0] * part.shape[1] // part.blocksize < 2**31
+        and size & (size - 1) == 0
+    )
+
+
+def _permuted(part: NF4Weight) -> NF4Weight:
+    """Codes to [N/16, K/8, 16] words of eight nibbles, absmax to [N/16, K/64, 16]; a pure permutation."""
+    rows, columns = part.shape
+    words = part.packed.view(rows // TILE, TILE, columns // 8, 4).transpose(1, 2)
+    absmax = part.absmax.view(rows // TILE, TILE, columns // part.blocksize).transpose(1, 2)
+    return replace(part, packed=words.flatten().contiguous(), absmax=absmax.flatten().contiguous())
+
+
+def _unpermuted(part: NF4Weight) -> NF4Weight:
+    rows, columns = part.shape
+    words = part.packed.view(rows // TILE, columns // 8, TILE, 4).transpose(1, 2)
+    absmax = part.absmax.view(rows // TILE, columns // part.blocksize, TILE).transpose(1, 2)
+    return replace(part, packed=words.flatten().contiguous(), absmax=absmax.flatten().contiguous())
+
+
+def _describe(part: NF4Weight) -> native.Part:
+    nested = part.nested_absmax is not None and part.nested_code is not None
+    absmax = part.absmax.data_ptr()
+    return native.Part(
+        part.packed.data_ptr(),
+        absmax if nested else None,
+        None if nested else absmax,
+        part.nested_absmax.data_ptr() if part.nested_absmax is not None else None,
+        part.nested_code.data_ptr() if part.nested_code is not None else None,
+        part.nested_offset or 0.0,
+        part.nested_blocksize.bit_length() - 1,
+        part.shape[0] // TILE,
+    )
 
 
 def nf4_linear_reference(x: Tensor, parts: Sequence[NF4Weight], bias: Tensor | None = None) -> Tensor:
@@ -55,6 +130,21 @@ def nf4_linear(x: Tensor, weight: NF4Linear, out: Tensor | None = None) -> Tenso
     """y = x @ W.T (+ bias).
 
     x: [M, K] float32, bfloat16 or float16; out: [M, N] of x's dtype to write to, or None for a new tensor.
+    float32 rows take the CPU kernel where the weight fits it, all others the torch reference.
     """
-    y = nf4_linear_reference(x, weight.parts, weight.bias)
-    return y if out is None else out.copy_(y)
+    rows, columns = x.shape
+    if columns != weight.in_features:
+        raise ValueError(f"x must be [M, {weight.in_features}], got {list(x.shape)}")
+    library = native.library()
+    if library is None or not weight.native or x.dtype is not torch.float32 or x.stride(1) != 1:
+        y = nf4_linear_reference(x, weight.parts, weight.bias)
+        return y if out is None else out.copy_(y)
+    if out is None:
+        out = torch.empty(rows, weight.out_features)
+    elif out.shape != (rows, weight.out_features) or out.stride(1) != 1 or out.dtype is not torch.float32:
+        raise ValueError(f"out must be float32 [{rows}, {weight.out_features}] with contiguous rows")
+    status = library.linear_forward(
+        weight.plan, x.data_ptr(), rows, x.stride(0), out.data_ptr(), out.stride(0)
+    )
+    native.check(status)
+    return out

@@ -1,0 +1,41 @@
+/* Scratch memory and the split of work over threads. */
+#ifndef LORRY_COMMON_H
+#define LORRY_COMMON_H
+
+#include <omp.h>
+#include <stdlib.h>
+
+#include "simd.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* Threads for work of `cost` (about nanoseconds on one core): waking a second thread must pay. */
+INLINE int threads_for(int64_t cost) { return cost < 8000 ? 1 : omp_get_max_threads(); }
+
+/* Part `index` of `parts` of the range [0, count), in multiples of `unit`. */
+INLINE void split(int64_t count, int64_t unit, int parts, int index, int64_t *begin, int64_t *end) {
+    int64_t units = (count + unit - 1) / unit;
+    *begin = MIN(count, units * index / parts * unit);
+    *end = MIN(count, units * (index + 1) / parts * unit);
+}
+
+/* Grow-only, 64-byte aligned, one per thread and purpose; NULL when memory is out. */
+struct scratch {
+    void *memory;
+    size_t size;
+};
+static inline __attribute__((unused)) void *scratch_get(struct scratch *s, size_t size) {
+    if (size > s->size) {
+        free(s->memory);
+        s->size = 0;
+        s->memory = NULL;
+        size_t rounded = (size + size / 4 + 4095) / 4096 * 4096;
+        if (posix_memalign(&s->memory, 64, rounded) != 0) return s->memory = NULL;
+        s->size = rounded;
+    }
+    return s->memory;
+}
+
+#endif

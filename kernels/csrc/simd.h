@@ -1,0 +1,336 @@
+/* Sixteen float lanes on AVX-512F, AVX2 + FMA, or plain C.
+ *
+ * vf: 16 floats. vu: 16 uint32. Every operation rounds once per lane; vf_fma is fused on the two vector paths and a
+ * multiply followed by an addition in plain C, so results may differ between machines, never between calls on one.
+ * Element types of stored tensors: F32, BF16, F16 (enum elem); functions that take one are always inlined with a
+ * constant.
+ */
+#ifndef LORRY_SIMD_H
+#define LORRY_SIMD_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline, unused))
+#define LANES 16
+
+enum elem { F32 = 0, BF16 = 1, F16 = 2 };
+
+INLINE int elem_size(enum elem type) { return type == F32 ? 4 : 2; }
+
+INLINE float bf16_to_float(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE uint16_t float_to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+INLINE float f16_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu, bits;
+    if (exponent == 31) {
+        bits = sign | 0x7f800000u | (mantissa << 13);
+    } else if (exponent == 0) {
+        float small = (float)mantissa * 0x1p-24f;
+        memcpy(&bits, &small, 4);
+        bits |= sign;
+    } else {
+        bits = sign | ((exponent + 112u) << 23) | (mantissa << 13);
+    }
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE uint16_t float_to_f16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* 65520 and above round to infinity */
+    if (magnitude < 0x38800000u) {                                   /* below 2^-14: a multiple of 2^-24 */
+        float scaled;
+        memcpy(&scaled, &magnitude, 4);
+        scaled = scaled + 0.5f; /* ulp of 0.5 is 2^-24: the addition rounds to nearest even */
+        memcpy(&magnitude, &scaled, 4);
+        return (uint16_t)(sign | (magnitude - 0x3f000000u));
+    }
+    magnitude += 0xfffu + ((magnitude >> 13) & 1u);
+    return (uint16_t)(sign | ((magnitude - 0x38000000u) >> 13));
+}
+
+INLINE float elem_load(enum elem type, const void *base, int64_t i) {
+    if (type == F32) return ((const float *)base)[i];
+    uint16_t h = ((const uint16_t *)base)[i];
+    return type == BF16 ? bf16_to_float(h) : f16_to_float(h);
+}
+
+INLINE void elem_store(enum elem type, void *base, int64_t i, float f) {
+    if (type == F32)
+        ((float *)base)[i] = f;
+    else
+        ((uint16_t *)base)[i] = type == BF16 ? float_to_bf16(f) : float_to_f16(f);
+}
+
+INLINE const void *elem_at(enum elem type, const void *base, int64_t i) {
+    return (const char *)base + i * elem_size(type);
+}
+
+#if defined(__AVX512F__)
+
+#include <immintrin.h>
+#define LORRY_SIMD "avx512"
+typedef __m512 vf;
+typedef __m512i vu;
+
+INLINE vf vf_set1(float f) { return _mm512_set1_ps(f); }
+INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void vf_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
+INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vu vu_load(const uint32_t *p) { return _mm512_loadu_si512(p); }
+INLINE vu vu_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vu vu_add(vu a, vu b) { return _mm512_add_epi32(a, b); }
+INLINE vu vu_set1(uint32_t u) { return _mm512_set1_epi32((int)u); }
+INLINE vu vu_srl(vu v, int count) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(count)); }
+#define VU_SRLI(v, count) _mm512_srli_epi32(v, count)
+INLINE vf vf_lookup16(vf table, vu index) { return _mm512_permutexvar_ps(index, table); }
+INLINE vf vf_gather(const float *base, vu index) { return _mm512_i32gather_ps(index, base, 4); }
+INLINE vf vf_where_below(vf x, vf limit, vf then, vf otherwise) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), otherwise, then);
+}
+INLINE vf vf_times_pow2(vf v, vf n) { /* n integral in -126..127 */
+    return _mm512_mul_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(
+                                _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23)));
+}
+INLINE vf vf_load_as(enum elem type, const void *p) {
+    if (type == F32) return _mm512_loadu_ps(p);
+    __m256i h = _mm256_loadu_si256((const __m256i *)p);
+    if (type == BF16) return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+    return _mm512_cvtph_ps(h);
+}
+INLINE void vf_store_as(enum elem type, void *p, vf v) {
+    if (type == F32) {
+        _mm512_storeu_ps(p, v);
+    } else if (type == BF16) {
+        __m512i bits = _mm512_castps_si512(v);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+        _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(rounded));
+    } else {
+        _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+#include <immintrin.h>
+#define LORRY_SIMD "avx2"
+typedef struct {
+    __m256 a, b;
+} vf;
+typedef struct {
+    __m256i a, b;
+} vu;
+
+#define VF_EACH(op, x, y) ((vf){op((x).a, (y).a), op((x).b, (y).b)})
+INLINE vf vf_set1(float f) { return (vf){_mm256_set1_ps(f), _mm256_set1_ps(f)}; }
+INLINE vf vf_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE void vf_store(float *p, vf v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+}
+INLINE vf vf_add(vf x, vf y) { return VF_EACH(_mm256_add_ps, x, y); }
+INLINE vf vf_sub(vf x, vf y) { return VF_EACH(_mm256_sub_ps, x, y); }
+INLINE vf vf_mul(vf x, vf y) { return VF_EACH(_mm256_mul_ps, x, y); }
+INLINE vf vf_div(vf x, vf y) { return VF_EACH(_mm256_div_ps, x, y); }
+INLINE vf vf_max(vf x, vf y) { return VF_EACH(_mm256_max_ps, x, y); }
+INLINE vf vf_fma(vf x, vf y, vf z) {
+    return (vf){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+INLINE vu vu_load(const uint32_t *p) {
+    return (vu){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 8))};
+}
+INLINE vu vu_load_u8(const uint8_t *p) {
+    __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+    return (vu){_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+}
+INLINE vu vu_add(vu x, vu y) { return (vu){_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+INLINE vu vu_set1(uint32_t u) { return (vu){_mm256_set1_epi32((int)u), _mm256_set1_epi32((int)u)}; }
+INLINE vu vu_srl(vu v, int count) {
+    __m128i c = _mm_cvtsi32_si128(count);
+    return (vu){_mm256_srl_epi32(v.a, c), _mm256_srl_epi32(v.b, c)};
+}
+#define VU_SRLI(v, count) ((vu){_mm256_srli_epi32((v).a, count), _mm256_srli_epi32((v).b, count)})
+INLINE __m256 lookup_half(vf table, __m256i index) {
+    __m256 low = _mm256_permutevar8x32_ps(table.a, index), high = _mm256_permutevar8x32_ps(table.b, index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+INLINE vf vf_lookup16(vf table, vu index) {
+    return (vf){lookup_half(table, index.a), lookup_half(table, index.b)};
+}
+INLINE vf vf_gather(const float *base, vu index) {
+    return (vf){_mm256_i32gather_ps(base, index.a, 4), _mm256_i32gather_ps(base, index.b, 4)};
+}
+INLINE vf vf_where_below(vf x, vf limit, vf then, vf otherwise) {
+    return (vf){_mm256_blendv_ps(otherwise.a, then.a, _mm256_cmp_ps(x.a, limit.a, _CMP_LT_OQ)),
+                _mm256_blendv_ps(otherwise.b, then.b, _mm256_cmp_ps(x.b, limit.b, _CMP_LT_OQ))};
+}
+INLINE __m256 pow2_half(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+INLINE vf vf_times_pow2(vf v, vf n) {
+    return (vf){_mm256_mul_ps(v.a, pow2_half(n.a)), _mm256_mul_ps(v.b, pow2_half(n.b))};
+}
+INLINE __m256 widen_bf16(const void *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+INLINE vf vf_load_as(enum elem type, const void *p) {
+    if (type == F32) return vf_load(p);
+    if (type == BF16) return (vf){widen_bf16(p), widen_bf16((const char *)p + 16)};
+    float wide[LANES];
+    for (int i = 0; i < LANES; i++) wide[i] = f16_to_float(((const uint16_t *)p)[i]);
+    return vf_load(wide);
+}
+INLINE void vf_store_as(enum elem type, void *p, vf v) {
+    float wide[LANES];
+    vf_store(wide, v);
+    for (int i = 0; i < LANES; i++) elem_store(type, p, i, wide[i]);
+}
+
+#else
+
+#define LORRY_SIMD "plain"
+typedef struct {
+    float f[LANES];
+} vf;
+typedef struct {
+    uint32_t u[LANES];
+} vu;
+
+#define VF_LANES(expression)                                     \
+    do {                                                         \
+        vf r;                                                    \
+        for (int i = 0; i < LANES; i++) r.f[i] = (expression);   \
+        return r;                                                \
+    } while (0)
+#define VU_LANES(expression)                                     \
+    do {                                                         \
+        vu r;                                                    \
+        for (int i = 0; i < LANES; i++) r.u[i] = (expression);   \
+        return r;                                                \
+    } while (0)
+INLINE vf vf_set1(float f) { VF_LANES(f); }
+INLINE vf vf_load(const float *p) { VF_LANES(p[i]); }
+INLINE void vf_store(float *p, vf v) { memcpy(p, v.f, sizeof v.f); }
+INLINE vf vf_add(vf a, vf b) { VF_LANES(a.f[i] + b.f[i]); }
+INLINE vf vf_sub(vf a, vf b) { VF_LANES(a.f[i] - b.f[i]); }
+INLINE vf vf_mul(vf a, vf b) { VF_LANES(a.f[i] * b.f[i]); }
+INLINE vf vf_div(vf a, vf b) { VF_LANES(a.f[i] / b.f[i]); }
+INLINE vf vf_max(vf a, vf b) { VF_LANES(a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
+INLINE vf vf_fma(vf a, vf b, vf c) { VF_LANES(a.f[i] * b.f[i] + c.f[i]); }
+INLINE vu vu_load(const uint32_t *p) { VU_LANES(p[i]); }
+INLINE vu vu_load_u8(const uint8_t *p) { VU_LANES(p[i]); }
+INLINE vu vu_add(vu a, vu b) { VU_LANES(a.u[i] + b.u[i]); }
+INLINE vu vu_set1(uint32_t u) { VU_LANES(u); }
+INLINE vu vu_srl(vu v, int count) { VU_LANES(v.u[i] >> count); }
+#define VU_SRLI(v, count) vu_srl(v, count)
+INLINE vf vf_lookup16(vf table, vu index) { VF_LANES(table.f[index.u[i] & 15u]); }
+INLINE vf vf_gather(const float *base, vu index) { VF_LANES(base[index.u[i]]); }
+INLINE vf vf_where_below(vf x, vf limit, vf then, vf otherwise) {
+    VF_LANES(x.f[i] < limit.f[i] ? then.f[i] : otherwise.f[i]);
+}
+INLINE float pow2_lane(float n) {
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+INLINE vf vf_times_pow2(vf v, vf n) { VF_LANES(v.f[i] * pow2_lane(n.f[i])); }
+INLINE vf vf_load_as(enum elem type, const void *p) { VF_LANES(elem_load(type, p, i)); }
+INLINE void vf_store_as(enum elem type, void *p, vf v) {
+    for (int i = 0; i < LANES; i++) elem_store(type, p, i, v.f[i]);
+}
+
+#endif
+
+INLINE vu vu_iota(uint32_t start, uint32_t step) {
+    uint32_t lanes[LANES];
+    for (int i = 0; i < LANES; i++) lanes[i] = start + step * (uint32_t)i;
+    return vu_load(lanes);
+}
+
+/* First `count` lanes; the others are 0 when loaded and untouched when stored. */
+INLINE vf vf_load_some(enum elem type, const void *p, int count) {
+    if (count >= LANES) return vf_load_as(type, p);
+    float lanes[LANES] = {0};
+    for (int i = 0; i < count; i++) lanes[i] = elem_load(type, p, i);
+    return vf_load(lanes);
+}
+INLINE void vf_store_some(enum elem type, void *p, vf v, int count) {
+    if (count >= LANES) {
+        vf_store_as(type, p, v);
+        return;
+    }
+    float lanes[LANES];
+    vf_store(lanes, v);
+    for (int i = 0; i < count; i++) elem_store(type, p, i, lanes[i]);
+}
+
+/* Halving tree: lane i with lane i + 8, then 4, 2, 1. */
+INLINE float vf_sum(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(v);
+#else
+    float f[LANES];
+    vf_store(f, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) f[i] += f[i + half];
+    return f[0];
+#endif
+}
+INLINE float vf_peak(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(v);
+#else
+    float f[LANES];
+    vf_store(f, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) f[i] = f[i] > f[i + half] ? f[i] : f[i + half];
+    return f[0];
+#endif
+}
+
+/* exp(x) within 2 ulp; exp(0) = 1 exactly, 0 below -87 (also at -inf), bounded by exp(88) above.
+ * Range reduction by ln 2 in two parts, Taylor-like polynomial of degree 6 on |r| <= ln 2 / 2. */
+INLINE vf vf_exp(vf x) {
+    const vf lowest = vf_set1(-87.0f), magic = vf_set1(12582912.0f);
+    vf bounded = vf_where_below(x, lowest, lowest, x);
+    bounded = vf_where_below(bounded, vf_set1(88.0f), bounded, vf_set1(88.0f));
+    vf n = vf_sub(vf_add(vf_mul(bounded, vf_set1(1.44269504088896341f)), magic), magic);
+    vf r = vf_fma(n, vf_set1(-0.693359375f), bounded);
+    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+    vf p = vf_set1(1.9875691500e-4f);
+    p = vf_fma(p, r, vf_set1(1.3981999507e-3f));
+    p = vf_fma(p, r, vf_set1(8.3334519073e-3f));
+    p = vf_fma(p, r, vf_set1(4.1665795894e-2f));
+    p = vf_fma(p, r, vf_set1(1.6666665459e-1f));
+    p = vf_fma(p, r, vf_set1(5.0000001201e-1f));
+    p = vf_add(vf_fma(p, vf_mul(r, r), r), vf_set1(1.0f));
+    return vf_where_below(x, lowest, vf_set1(0.0f), vf_times_pow2(p, n));
+}
+
+#endif
