@@ -50,7 +50,7 @@ def main() -> None:
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.connect(sys.argv[sys.argv.index("--socket") + 1])
-    send = lambda *batch: socket.send(msgspec.msgpack.encode(list(batch)))  # noqa: E731
+    send = lambda *batch: socket.send(msgspec.msgpack.encode(list(batch)))
     if "slow" in script:
         send(m.Loading("load", 1, 2))
         send(m.Loading("load", 2, 2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import backends
 import pytest
 from hypothesis import given, settings
@@ -10,7 +9,6 @@ from hypothesis import strategies as st
 
 from lorry.server.frontend.detokenize import MAX_HELD_TOKENS, REPLACEMENT
 from lorry.server.frontend.tokenizer import Tokenizer
-
 
 BYTES = Tokenizer(backends.byte_level())
 VOCABULARY = backends.byte_level().get_vocab_size()

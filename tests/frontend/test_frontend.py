@@ -219,7 +219,7 @@ async def test_death_ends_every_request_and_the_engine_comes_back(serving):
 
         async def follow():
             async for state in frontend.watch_state():
-                states.append(state)
+                states.append(state)  # noqa: PERF401 (it never ends)
 
         follower = asyncio.create_task(follow())
         await asyncio.sleep(0)
@@ -256,7 +256,7 @@ async def test_an_engine_that_fails_again_and_again_is_tried_again(serving, tmp_
 
 
 async def test_an_engine_that_is_never_ready_says_why(serving):
-    with pytest.raises(EngineFailed, match="exited with 3 .* no model 'fail'"):
+    with pytest.raises(EngineFailed, match=r"exited with 3 .* no model 'fail'"):
         async with serving("fail"):
             pass
 
@@ -268,7 +268,7 @@ async def test_adapters_are_loaded_watched_and_restored(serving, seen):
 
         async def follow():
             async for change in adapters.watch():
-                changes.append((change.kind, change.adapter.id))
+                changes.append((change.kind, change.adapter.id))  # noqa: PERF401 (it never ends)
 
         follower = asyncio.create_task(follow())
         await adapters.load("b", "folder/b")
