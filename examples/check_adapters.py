@@ -13,8 +13,10 @@ from typing import Annotated, Any
 import typer
 from behaviour import BASE_AT_MOST, EXAMPLES, MAX_NEW_TOKENS, NAMES, SHOWN_AT_LEAST, held_out, shows
 from peft import PeftModel
-from train_adapter import DEFAULT_BASE, base_folder, load_base
+from train_adapter import base_folder, load_base
 from transformers import AutoTokenizer
+
+from lorry.server.model.store import DEFAULT_MODEL
 
 
 def greedy_answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
@@ -30,7 +32,7 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
 
 
 def main(
-    base: Annotated[str, typer.Option(help="The base: a name that Lorry knows, or an NF4 checkpoint.")] = DEFAULT_BASE,
+    base: Annotated[str, typer.Option(help="The base: a name that Lorry knows, or an NF4 checkpoint.")] = DEFAULT_MODEL,
     adapters: Annotated[Path, typer.Option(help="Folder of adapter folders.")] = EXAMPLES / "adapters",
     names: Annotated[str, typer.Option(help="Which adapters, separated by commas.")] = ",".join(NAMES),
     verbose: Annotated[bool, typer.Option("--verbose", help="Print every answer.")] = False,

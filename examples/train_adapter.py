@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-DEFAULT_BASE = "smollm2-135m-instruct"
+from lorry.server.model.store import DEFAULT_MODEL, resolve_model
+
 IGNORED = -100
 
 
@@ -50,9 +51,7 @@ class StoredDtype(enum.StrEnum):
 
 def base_folder(base: str) -> Path:
     """The folder of the NF4 checkpoint in the bitsandbytes format that Lorry serves under the name `base`."""
-    if Path(base).is_dir():
-        return Path(base)
-    raise typer.BadParameter(f"{base!r} is not a folder")
+    return resolve_model(base)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +98,8 @@ def dequantize_linears(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if not isinstance(child, bnb.nn.Linear4bit):
                 continue
-            state = child.weight.quant_state
-            state.dtype = torch.float32
             linear = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
-            weight = bnb.functional.dequantize_4bit(child.weight.data, state)
+            weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
             linear.weight = nn.Parameter(weight.reshape(child.out_features, child.in_features), requires_grad=False)
             if child.bias is not None:
                 linear.bias = nn.Parameter(child.bias.data.float(), requires_grad=False)
@@ -112,6 +109,13 @@ def dequantize_linears(model: nn.Module) -> None:
 def load_base(folder: Path, keep_nf4: bool) -> Any:
     """The frozen base in float32 computation, its linears in NF4 or dequantized from it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # A checkpoint's own 16-bit type must neither round the dequantized weights nor stay with the embedding.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.weight.quant_state.dtype = torch.float32
     if not keep_nf4:
         dequantize_linears(model)
         # PEFT picks its layer class by these marks.
@@ -159,7 +163,7 @@ def save_adapter(model: PeftModel, out: Path, base_name: str, dtype: torch.dtype
 def main(
     data: Annotated[Path, typer.Option(help="JSON lines of chat messages; the last of each line is the answer.")],
     out: Annotated[Path, typer.Option(help="Folder that receives the adapter.")],
-    base: Annotated[str, typer.Option(help="The base: a name that Lorry knows, or an NF4 checkpoint.")] = DEFAULT_BASE,
+    base: Annotated[str, typer.Option(help="The base: a name that Lorry knows, or an NF4 checkpoint.")] = DEFAULT_MODEL,
     base_name: Annotated[str, typer.Option(help="The base's name in adapter_config.json.")] = "",
     rank: Annotated[int, typer.Option(min=1, max=256)] = 8,
     alpha: Annotated[float, typer.Option(help="Scaling is alpha / rank (alpha / √rank with --rslora).")] = 16,
