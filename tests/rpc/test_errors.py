@@ -62,7 +62,8 @@ def test_rows(error: errors.LorryError, code: grpc.StatusCode, details: set[str]
 
 
 def test_every_domain_error_has_a_row() -> None:
-    assert set(TABLE) == set(errors.LorryError.__subclasses__())
+    known = {cls for cls in errors.LorryError.__subclasses__() if cls.__module__ == errors.__name__}
+    assert set(TABLE) == known
     assert {type(row[0]) for row in ROWS} == set(TABLE)
 
 

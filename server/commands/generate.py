@@ -1,0 +1,179 @@
+"""`lorry generate`: one request to a running server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorry.server.commands import request_options as options
+from lorry.server.commands.client import DEFAULT_SERVER, Server, connect
+from lorry.server.commands.output import fail
+
+if TYPE_CHECKING:
+    from lorry.v1 import generation_pb2
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; - or nothing reads it from stdin.")
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    adapter: options.Adapters = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", "-c", help="The prompt is a user's message; the model's template is used.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="A system message before it; implies --chat.", show_default=False)
+    ] = None,
+    token_ids: Annotated[
+        bool, typer.Option("--token-ids", help="The prompt is token ids, separated by spaces or commas.")
+    ] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Show the text as it is decoded.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer as JSON; with --stream, one event a line.")
+    ] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", show_default=False, help="Give up, and let the server give up."),
+    ] = None,
+    request_id: Annotated[str | None, typer.Option(show_default=False, help="Names the request.")] = None,
+    priority: Annotated[int | None, typer.Option(show_default=False, help="Higher goes first.")] = None,
+    cache_salt: Annotated[
+        str | None, typer.Option(show_default=False, help="Shares prefixes with the same salt only.")
+    ] = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    typical_p: options.TypicalP = None,
+    seed: options.Seed = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    logit_bias: options.LogitBias = None,
+    n: options.Number = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    min_new_tokens: options.MinNewTokens = None,
+    stop: options.Stop = None,
+    stop_token_ids: options.StopTokenIds = None,
+    ignore_eos: options.IgnoreEos = False,
+    time_limit: options.TimeLimit = None,
+    logprobs: options.Logprobs = None,
+    prompt_logprobs: options.PromptLogprobs = False,
+    include_prompt: options.IncludePrompt = False,
+    include_stop: options.IncludeStop = False,
+) -> None:
+    """Ask a running server for an answer."""
+    spec = options.spec(
+        adapter,
+        request_id=request_id,
+        priority=priority,
+        cache_salt=cache_salt,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        typical_p=typical_p,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias,
+        n=n,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        stop=stop,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=ignore_eos,
+        time_limit=time_limit,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        include_prompt=include_prompt,
+        include_stop=include_stop,
+    )
+    text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
+    _set_prompt(spec, text, chat or system is not None, system, token_ids)
+    if stream:
+        _stream(server, spec, timeout, as_json)
+    else:
+        _whole(server, spec, timeout, as_json)
+
+
+def _set_prompt(
+    spec: generation_pb2.GenerationSpec, text: str, chat: bool, system: str | None, token_ids: bool
+) -> None:
+    if chat and token_ids:
+        raise typer.BadParameter("--token-ids and --chat exclude each other")
+    if chat:
+        if system is not None:
+            spec.chat.messages.add(role="system", content=system)
+        spec.chat.messages.add(role="user", content=text)
+    elif token_ids:
+        try:
+            spec.token_ids.ids.extend(int(piece) for piece in text.replace(",", " ").split())
+        except ValueError:
+            raise typer.BadParameter("--token-ids takes numbers from 0 on") from None
+    else:
+        spec.text = text
+
+
+def _whole(server: str, spec: generation_pb2.GenerationSpec, timeout: float | None, as_json: bool) -> None:
+    from lorry.v1 import generation_pb2, generation_pb2_grpc
+
+    with connect(server) as channel:
+        stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+        answer = stub.Generate(generation_pb2.GenerateRequest(spec=spec), timeout=timeout)
+    if as_json:
+        typer.echo(_json(answer, indent=2))
+        return
+    for completion in answer.completions:
+        if len(answer.completions) > 1:
+            typer.secho(f"[{completion.index}]", dim=True)
+        typer.echo(completion.text)
+    _summary(answer.usage, answer.timings, [completion.reason for completion in answer.completions])
+
+
+def _stream(server: str, spec: generation_pb2.GenerationSpec, timeout: float | None, as_json: bool) -> None:
+    from lorry.v1 import generation_pb2, generation_pb2_grpc
+
+    if not as_json and spec.sampling.n > 1:
+        raise fail("--stream shows one answer; with --n use --json or no --stream")
+    with connect(server) as channel:
+        stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+        call = stub.GenerateStream(generation_pb2.GenerateStreamRequest(spec=spec), timeout=timeout)
+        for event in call:
+            if as_json:
+                typer.echo(_json(event))
+            elif event.HasField("delta"):
+                typer.echo(event.delta.text, nl=False)
+                sys.stdout.flush()
+            elif event.HasField("finished"):
+                typer.echo()
+                _summary(event.finished.usage, event.finished.timings, [event.finished.reason])
+
+
+def _json(message: Any, indent: int | None = None) -> str:
+    from google.protobuf import json_format
+
+    fields = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return json.dumps(fields, ensure_ascii=False, indent=indent)
+
+
+def _summary(
+    usage: generation_pb2.Usage, timings: generation_pb2.Timings, reasons: list[generation_pb2.FinishReason]
+) -> None:
+    """One dim line on stderr: what it cost and why it ended."""
+    from lorry.v1 import generation_pb2
+
+    names = [generation_pb2.FinishReason.Name(reason) for reason in reasons]
+    ended = ", ".join(name.removeprefix("FINISH_REASON_").lower() for name in names)
+    seconds = timings.decode.ToNanoseconds() / 1e9
+    speed = f", {usage.completion_tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
+    typer.secho(
+        f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} new ones{speed}, ended: {ended}",
+        dim=True,
+        err=True,
+    )

@@ -1,0 +1,53 @@
+"""Values as people write them on a command line: sizes, adapters with weights, biased tokens."""
+
+from __future__ import annotations
+
+import re
+
+import typer
+
+_UNITS = {
+    "": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
+
+
+def size(text: str) -> int:
+    """Bytes of `512MiB`, `1.5 GB`, `4096`; raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    if match is None or match[2].lower() not in _UNITS:
+        raise typer.BadParameter(f"{text!r} is no size; write bytes or a number with KiB, MiB, GiB, KB, MB, GB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def size_text(value: int) -> str:
+    """The shortest way to write so many bytes: `512MiB`."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if value and value % _UNITS[unit.lower()] == 0:
+            return f"{value // _UNITS[unit.lower()]}{unit}"
+    return str(value)
+
+
+def adapter(text: str) -> tuple[str, float | None]:
+    """Id and weight of `pirate` or `pirate=0.5`; raises typer.BadParameter."""
+    id, separator, weight = text.partition("=")
+    try:
+        return id, float(weight) if separator else None
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no adapter; write ID or ID=WEIGHT") from None
+
+
+def biased_token(text: str) -> tuple[int, float]:
+    """Token id and bias of `42=-3.5`; raises typer.BadParameter."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no bias; write TOKEN_ID=BIAS") from None

@@ -1,0 +1,250 @@
+"""The command line against a real channel; the frontend below has no engine."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+import lorry
+from lorry.server import errors
+from lorry.server.cli import app
+from lorry.server.commands import config_options, values
+from lorry.server.config import EngineConfig, ServerConfig
+from lorry.server.engine.messages import AdapterState
+from lorry.server.frontend.request import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+
+runner = CliRunner()
+
+
+async def lorry_cli(*arguments: str, stdin: str | None = None) -> Result:
+    """Run a command in a thread: it uses grpc's blocking API, the server lives in this loop."""
+    return await asyncio.to_thread(runner.invoke, app, list(arguments), input=stdin)
+
+
+@pytest.fixture
+def address(server: Any) -> str:
+    return f"127.0.0.1:{server.port}"
+
+
+@pytest.fixture
+async def answering(frontend: Any, helpers: Any) -> Any:
+    """Every request gets the same events; the fixture is the list of handles."""
+    handles: list[Any] = []
+
+    async def answer() -> None:
+        while True:
+            handle = await frontend.handles.get()
+            handles.append(handle)
+            events = helpers.events_of(handle.request)
+            one = [event for event in events if getattr(event, "index", 0) == 0]
+            handle.put(*(events if handle.request.sampling.n > 1 else one), None)
+
+    task = asyncio.ensure_future(answer())
+    yield handles
+    task.cancel()
+
+
+async def test_generate_prints_the_text(answering: Any, address: str) -> None:
+    result = await lorry_cli("generate", "hello", "-s", address)
+    assert result.exit_code == 0
+    assert result.stdout == "aä\n"
+    assert "5 prompt tokens, 2 new ones, 1.0 tokens/s, ended: length" in result.stderr
+    assert answering[0].request.prompt == TextPrompt("hello")
+
+
+async def test_generate_hands_over_every_option(answering: Any, address: str) -> None:
+    words = (
+        "generate -s {} --adapter a --adapter b=-0.5 --request-id mine --priority -3 --cache-salt s "
+        "--temperature 0.5 --top-p 0.25 --top-k 7 --min-p 0.125 --typical-p 1 --seed 18446744073709551615 "
+        "--repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 2 --logit-bias 3=-4.5 "
+        "--logit-bias 5=6 --n 2 --max-new-tokens 9 --min-new-tokens 2 --stop x --stop y --stop-token-id 4 "
+        "--ignore-eos --time-limit 1.5 --logprobs 0 --prompt-logprobs --include-prompt --include-stop "
+        "--timeout 60 --json --token-ids"
+    )
+    result = await lorry_cli(*words.format(address).split(), "1, 2 3")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert [completion["text"] for completion in answer["completions"]] == ["aä", "b"]
+    assert answer["request_id"] == "mine"
+    request = answering[0].request
+    assert request.prompt == TokenPrompt((1, 2, 3))
+    assert [(ref.id, ref.weight) for ref in request.adapters] == [("a", 1.0), ("b", -0.5)]
+    assert (request.request_id, request.priority, request.cache_salt) == ("mine", -3, "s")
+    sampling, stopping, response = request.sampling, request.stopping, request.response
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.25, 7, 0.125)
+    assert (sampling.seed, sampling.n) == (2**64 - 1, 2)
+    penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+    assert penalties == (1.5, -1.0, 2.0)
+    assert sampling.logit_bias == {3: -4.5, 5: 6.0}
+    assert (stopping.max_new_tokens, stopping.min_new_tokens, stopping.time_limit) == (9, 2, 1.5)
+    assert (stopping.stop, stopping.stop_token_ids, stopping.ignore_eos) == (("x", "y"), (4,), True)
+    assert dataclasses.astuple(response) == (0, True, True, True)
+    assert request.deadline is not None
+
+
+async def test_generate_chat_reads_stdin(answering: Any, address: str) -> None:
+    result = await lorry_cli("generate", "-s", address, "--system", "be brief", stdin="what?")
+    assert result.exit_code == 0
+    messages = (ChatMessage("system", "be brief"), ChatMessage("user", "what?"))
+    assert answering[0].request.prompt == ChatPrompt(messages)
+
+
+async def test_generate_streams(answering: Any, address: str) -> None:
+    result = await lorry_cli("generate", "-s", address, "--stream", "hello")
+    assert (result.exit_code, result.stdout) == (0, "aä\n")
+    result = await lorry_cli("generate", "-s", address, "--stream", "--json", "-n", "2", "hello")
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [next(iter(event)) for event in events][:3] == ["started", "prompt_logprobs", "delta"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (errors.QueueFull("all are\nbusy"), "UNAVAILABLE: all are busy (try again in 1 s)"),
+        (errors.NotFound("no adapter 'x'"), "NOT_FOUND: no adapter 'x'"),
+        (RuntimeError("secret"), "INTERNAL: internal error"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["--stream", "--json"])
+async def test_a_failure_is_one_line_and_exit_code_1(
+    frontend: Any, address: str, error: Exception, words: str, mode: str
+) -> None:
+    frontend.refusal = error
+    result = await lorry_cli("generate", "-s", address, mode, "hello")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {words}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--adapter", "a=b", "x"],
+        ["generate", "--logit-bias", "3", "x"],
+        ["generate", "--top-k", "-1", "x"],
+        ["generate", "--seed", "-1", "x"],
+        ["generate", "--token-ids", "one two"],
+        ["generate", "--token-ids", "--chat", "1 2"],
+        ["generate", "--no-such-option", "x"],
+        ["serve", "--port", "65536"],
+        ["serve", "--max-running", "0"],
+        ["serve", "--kv-memory", "much"],
+        ["serve", "--dtype", "int3"],
+        ["adapters", "load", "a"],
+        ["quantize", "a"],
+    ],
+)
+async def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    assert (await lorry_cli(*arguments)).exit_code == 2
+
+
+async def test_no_server_is_said(unused_tcp_port: int) -> None:
+    result = await lorry_cli("adapters", "list", "-s", f"127.0.0.1:{unused_tcp_port}")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: no answer from a server at 127.0.0.1")
+
+
+async def test_chat_keeps_the_conversation(frontend: Any, answering: Any, address: str) -> None:
+    lines = "one\n\n/adapter p=2\ntwo\n/adapter q=x\n/what\n/reset\nthree\n/quit\nfour\n"
+    result = await lorry_cli("chat", "-s", address, "--system", "s", "-t", "0", "-a", "a", stdin=lines)
+    assert result.exit_code == 0
+    assert result.stdout == "aä\n" * 3
+    requests = [handle.request for handle in answering]
+    assert [[message.content for message in request.prompt.messages] for request in requests] == [
+        ["s", "one"],
+        ["s", "one", "aä", "two"],
+        ["s", "three"],
+    ]
+    assert [request.adapters[0].id for request in requests] == ["a", "p", "p"]
+    assert "'q=x' is no adapter" in result.stderr
+    assert "unknown command /what" in result.stderr
+
+
+async def test_chat_goes_on_after_a_refused_turn(frontend: Any, answering: Any, address: str) -> None:
+    frontend.refusal = errors.NotFound("no adapter 'x'")
+    result = await lorry_cli("chat", "-s", address, stdin="one\ntwo\n")
+    assert result.exit_code == 0
+    assert result.stderr.count("NOT_FOUND: no adapter 'x'") == 2
+
+
+async def test_adapters(frontend: Any, address: str, helpers: Any) -> None:
+    result = await lorry_cli("adapters", "load", "p", "dir/p", "-s", address, "--pin", "--replace")
+    assert (result.exit_code, result.stdout) == (0, "p: device, pinned, rank 40, revision 0123456789ab\n")
+    assert frontend.adapters.calls == [("load", "p", "dir/p", None, True, True)]
+    failed = helpers.adapter_info(
+        "b", state=AdapterState.FAILED, revision="", rank=0, bytes=0, in_flight=0, error="use_dora"
+    )
+    frontend.adapters.known["b"] = failed
+    table = (await lorry_cli("adapters", "list", "-s", address)).stdout.splitlines()
+    assert [line.split()[0] for line in table] == ["id", "b", "p"]
+    assert "use_dora" in table[1]
+    assert "device (pinned)" in table[2]
+    objects = (await lorry_cli("adapters", "list", "--json", "-s", address)).stdout.splitlines()
+    assert [json.loads(line)["id"] for line in objects] == ["b", "p"]
+    assert (await lorry_cli("adapters", "pin", "p", "--off", "-s", address)).exit_code == 0
+    assert not frontend.adapters.known["p"].pinned
+    assert (await lorry_cli("adapters", "unload", "p", "-s", address)).exit_code == 0
+    assert (await lorry_cli("adapters", "unload", "p", "-s", address)).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("4096", 4096), ("512MiB", 512 << 20), ("1.5 GiB", 3 << 29), ("2gb", 2 * 10**9), ("1KB", 1000)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert values.size(text) == size
+    assert values.size(values.size_text(size)) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1 QiB", "1e9", "1.MiB"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        values.size(text)
+
+
+def test_serve_has_an_option_for_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[ServerConfig] = []
+    monkeypatch.setattr("lorry.server.app.run", lambda config: built.append(config) or 0)
+    assert runner.invoke(app, ["serve"]).exit_code == 0
+    assert built.pop() == ServerConfig()
+    names = {field.name for cls in (ServerConfig, EngineConfig) for field in dataclasses.fields(cls)}
+    assert {parameter.name for parameter in config_options.parameters()} == names - {"engine"}
+    arguments = (
+        "serve --model m --adapters d --adapter-root x --adapter-root y --kv-memory 3MiB --adapter-memory 5MiB "
+        "--metrics-port 0 --threads 2 --dtype bfloat16 --log-format json --drain-timeout 1.5 --cache-dir c"
+    )
+    assert runner.invoke(app, arguments.split()).exit_code == 0
+    engine = EngineConfig(
+        model="m",
+        adapters_dir="d",
+        adapter_roots=("x", "y"),
+        kv_memory=3 << 20,
+        adapter_memory=5 << 20,
+        threads=2,
+        dtype="bfloat16",
+        cache_dir="c",
+    )
+    assert built.pop() == ServerConfig(engine=engine, metrics_port=0, log_format="json", drain_timeout=1.5)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["generate", "--help"], ["--version"]])
+def test_start_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from lorry.server.cli import app\n"
+        f"try: app({arguments!r})\nexcept SystemExit as e: assert not e.code\n"
+        "heavy = {'torch', 'transformers', 'grpc', 'numpy', 'zmq', 'google.protobuf'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if arguments == ["--version"]:
+        assert done.stdout == f"lorry {lorry.__version__}\n"
