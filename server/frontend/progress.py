@@ -24,13 +24,14 @@ class LoadingProgress:
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(file=sys.stderr)
         self._bars: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not console.is_dumb_terminal:
             self._bars = Progress(
                 TextColumn("{task.description:>10}"),
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
                 console=console,
+                redirect_stdout=False,
             )
         self._tasks: dict[str, TaskID] = {}
         self._next_line: dict[str, float] = {}

@@ -36,7 +36,7 @@ def first_stop(text, stop, ends_at_least=0):
     return min(found, default=None)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_output_equals_a_search_in_the_whole_text(data):
     vocabulary = data.draw(st.lists(LETTERS | st.just(""), min_size=1, max_size=9))
