@@ -51,9 +51,7 @@ class ModelConfig:
             if key in config:
                 values[key] = config[key]
         if values.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise UnsupportedModel(
-                f"hidden_act {values['hidden_act']!r} is not served; 'silu' is", field="hidden_act"
-            )
+            raise UnsupportedModel(f"hidden_act {values['hidden_act']!r} is not served; 'silu' is", field="hidden_act")
         layers, heads = _positive(values, "num_hidden_layers"), _positive(values, "num_attention_heads")
         hidden_size, context_length = _positive(values, "hidden_size"), _positive(values, "max_position_embeddings")
         kv_heads = int(values.get("num_key_value_heads") or heads)
@@ -198,9 +196,7 @@ def _sliding_windows(architecture: str, values: Mapping[str, Any], layers: int) 
         first = int(values["max_window_layers"])
         return tuple(window if layer >= first else 0 for layer in range(layers))
     if len(types) != layers:
-        raise MalformedCheckpoint(
-            f"layer_types has {len(types)} entries for {layers} layers", field="layer_types"
-        )
+        raise MalformedCheckpoint(f"layer_types has {len(types)} entries for {layers} layers", field="layer_types")
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModel(f"layer type {kind!r} is not served", field="layer_types")

@@ -14,15 +14,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lorry.adapters.layout import ModelLayout
 from lorry.kernels.kv_store import kv_store
 from lorry.kernels.linear import DenseLinear, dense_linear, embed
 from lorry.kernels.lora import SITES, AdapterPages, Site, lora_add
-from lorry.kernels.nf4 import NF4Weight
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.rms_norm import rms_norm
 from lorry.kernels.rope import rope
@@ -33,10 +33,6 @@ from lorry.server.model.inputs import ModelInputs
 from lorry.server.model.projection import Projection
 from lorry.server.model.weights import Checkpoint, LinearWeight, read_ends, read_layer
 from lorry.server.model.writer import Progress
-
-
-if TYPE_CHECKING:
-    from lorry.adapters.layout import ModelLayout
 
 
 class KeyValueCache(Protocol):
@@ -92,7 +88,7 @@ class Decoder:
         self._rope_table = config.rope.table(config.head_dim, config.context_length).to(device)
         self._scale = config.head_dim**-0.5
         self._q_size = config.heads * config.head_dim
-        self._kv_size = config.kv_heads * config.head_dim
+        self._head_split = [config.heads, config.kv_heads, config.kv_heads]
         self._qkv_sites = _sites(shapes, ("q_proj", "k_proj", "v_proj"))
         self._o_sites = _sites(shapes, ("o_proj",))
         self._gate_up_sites = _sites(shapes, ("gate_proj", "up_proj"))
@@ -147,8 +143,7 @@ class Decoder:
         residual: Tensor | None = None
         for layer in self._layers:
             hidden, residual = self._layer(layer, hidden, residual, inputs, kv, pages)
-        normed, _ = rms_norm(hidden, self._final_norm, self.config.rms_eps, residual)
-        return normed
+        return _add_norm(hidden, self._final_norm, self.config.rms_eps, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Head over hidden states [R, H] → float32 [R, V]."""
@@ -172,10 +167,8 @@ class Decoder:
 
         qkv = layer.qkv.project(normed)  # [T, (Hq + 2 Hk) D]
         self._add_adapters(qkv, normed, layer.index, self._qkv_sites, inputs, pages)
-        q, k, v = qkv.split((self._q_size, self._kv_size, self._kv_size), dim=1)
-        q = q.unflatten(1, (config.heads, config.head_dim))
-        k = k.unflatten(1, (config.kv_heads, config.head_dim))
-        v = v.unflatten(1, (config.kv_heads, config.head_dim))
+        heads = qkv.view(tokens, config.heads + 2 * config.kv_heads, config.head_dim)
+        q, k, v = torch.split(heads, self._head_split, dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, config.rms_eps), rms_norm(k, layer.k_norm, config.rms_eps)
         rope(q, k, inputs.positions, self._rope_table)
@@ -218,8 +211,6 @@ class Decoder:
     @property
     def layout(self) -> ModelLayout:
         """The linears that adapters can change: site → (K, N)."""
-        from lorry.adapters.layout import ModelLayout
-
         shapes = self.config.linear_shapes()
         return ModelLayout(
             layers=self.config.layers, sites={site: (shapes[site][1], shapes[site][0]) for site in SITES}
@@ -300,9 +291,15 @@ def _read_layer(
 def _placed(weight: LinearWeight, device: torch.device) -> LinearWeight:
     if isinstance(weight, Tensor):
         return weight.to(device)
-    moved = {
-        field.name: value.to(device)
-        for field in dataclasses.fields(NF4Weight)
-        if isinstance(value := getattr(weight, field.name), Tensor)
-    }
-    return dataclasses.replace(weight, **moved)
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    return dataclasses.replace(
+        weight,
+        packed=weight.packed.to(device),
+        absmax=weight.absmax.to(device),
+        nested_absmax=moved(weight.nested_absmax),
+        nested_code=moved(weight.nested_code),
+        code=weight.code.to(device),
+    )

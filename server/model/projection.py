@@ -35,9 +35,7 @@ class Projection:
             nf4 = [weight for weight, _ in group if isinstance(weight, NF4Weight)]
             dense = [weight for weight, _ in group if isinstance(weight, Tensor)]
             bias = _fused_bias(group)
-            self.pieces.append(
-                NF4Linear(nf4, bias) if nf4 else DenseLinear(_joined(dense, dense_dtype), bias)
-            )
+            self.pieces.append(NF4Linear(nf4, bias) if nf4 else DenseLinear(_joined(dense, dense_dtype), bias))
         self.nf4_weights = sum(w.shape[0] * w.shape[1] for w in weights if isinstance(w, NF4Weight))
         self.parameters = sum(w.shape[0] * w.shape[1] for w in weights)
         self.parameters += sum(bias.numel() for _, bias in pairs if bias is not None)
@@ -76,6 +74,4 @@ def _joined(weights: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
 def _fused_bias(group: Sequence[tuple[LinearWeight, Tensor | None]]) -> Tensor | None:
     if all(bias is None for _, bias in group):
         return None
-    return torch.cat(
-        [torch.zeros(weight.shape[0]) if bias is None else bias.float() for weight, bias in group]
-    )
+    return torch.cat([torch.zeros(weight.shape[0]) if bias is None else bias.float() for weight, bias in group])

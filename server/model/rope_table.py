@@ -78,12 +78,8 @@ class Rope:
             )
         kind = raw.get("rope_type") or raw.get("type") or "default"
         if kind not in SERVED:
-            raise UnsupportedModel(
-                f"rope type {kind!r} is not served; served: {', '.join(SERVED)}", field="rope_type"
-            )
-        values = {
-            key: value for key, value in raw.items() if value is not None and key not in ("rope_type", "type")
-        }
+            raise UnsupportedModel(f"rope type {kind!r} is not served; served: {', '.join(SERVED)}", field="rope_type")
+        values = {key: value for key, value in raw.items() if value is not None and key not in ("rope_type", "type")}
         values.setdefault("rope_theta", config.get("rope_theta", 10000.0))
         if config.get("partial_rotary_factor") is not None:
             values.setdefault("partial_rotary_factor", config["partial_rotary_factor"])

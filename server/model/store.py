@@ -5,8 +5,8 @@
     a folder ─▶ itself
     owner/name ─▶ the hub's snapshot
 
-The cache lies under `$XDG_CACHE_HOME/lorry/models`, or `~/.cache/lorry/models`. Several processes may ask at the same time:
-one converts under a file lock, the others wait for it.
+The cache lies under `$XDG_CACHE_HOME/lorry/models`, or `~/.cache/lorry/models`. Several processes may ask at the
+same time: one converts under a file lock, the others wait for it.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lorry.adapters.layout import ModelLayout
 from lorry.kernels.lora import SITES
 from lorry.kernels.nf4 import NF4Weight
 from lorry.server.model.config import ModelConfig
@@ -50,12 +51,6 @@ class LayerWeights:
     biases: dict[str, Tensor]
 
 
-def module_path(layer: int, site: str) -> str:
-    """`model.layers.3.self_attn.q_proj`, as PEFT and transformers name it."""
-    parent = "mlp" if site in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    return f"model.layers.{layer}.{parent}.{site}"
-
-
 def norm_names(config: ModelConfig, layer: int) -> dict[str, tuple[str, int]]:
     """Field of LayerWeights → (tensor name, length) of the norms that this layer has."""
     prefix = f"model.layers.{layer}"
@@ -74,9 +69,9 @@ def read_layer(checkpoint: Checkpoint, layer: int) -> LayerWeights:
     config = checkpoint.config
     shapes = config.linear_shapes()
     norms = {field: checkpoint.tensor(name, (size,)) for field, (name, size) in norm_names(config, layer).items()}
-    linears = {site: checkpoint.linear(module_path(layer, site), shapes[site]) for site in SITES}
+    linears = {site: checkpoint.linear(ModelLayout.module_path(layer, site), shapes[site]) for site in SITES}
     biases = {
-        site: checkpoint.tensor(f"{module_path(layer, site)}.bias", (shapes[site][0],))
+        site: checkpoint.tensor(f"{ModelLayout.module_path(layer, site)}.bias", (shapes[site][0],))
         for site in SITES
         if config.biased(site)
     }

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorry.adapters.layout import ModelLayout
 from lorry.kernels.nf4 import NF4Weight
 from lorry.server.model.digests import write_digests
 from lorry.server.model.readers.bitsandbytes import STATE
@@ -26,7 +28,6 @@ from lorry.server.model.weights import (
     HEAD,
     Checkpoint,
     LinearWeight,
-    module_path,
     norm_names,
     read_ends,
     read_layer,
@@ -146,8 +147,9 @@ def _parts(checkpoint: Checkpoint, progress: Progress | None) -> Iterator[dict[s
         tensors: dict[str, LinearWeight] = {
             name: getattr(weights, field) for field, (name, _) in norm_names(config, layer).items()
         }
-        tensors |= {f"{module_path(layer, site)}.weight": weight for site, weight in weights.linears.items()}
-        tensors |= {f"{module_path(layer, site)}.bias": bias for site, bias in weights.biases.items()}
+        path = partial(ModelLayout.module_path, layer)
+        tensors |= {f"{path(site)}.weight": weight for site, weight in weights.linears.items()}
+        tensors |= {f"{path(site)}.bias": bias for site, bias in weights.biases.items()}
         yield tensors
     if progress:
         progress("quantize", config.layers, config.layers)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from lorry.kernels.lora import SITES, AdapterPages, Segments
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.inputs import ModelInputs
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 BLOCK = 16
 
@@ -44,13 +45,19 @@ def tiny_model(model_type: str, dtype: torch.dtype, **shape: Any) -> PreTrainedM
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, 0.9 / parameter.shape[-1] ** 0.5)
-    return model.to(dtype)
+            parameter.data = parameter.data.to(dtype)  # not model.to(dtype): that would round inv_freq, too
+    return model
 
 
 def nf4_round(weight: Tensor) -> Tensor:
-    """What bitsandbytes makes of a weight: quantize with double quantization, then dequantize."""
-    packed, state = bnb.quantize_4bit(weight.detach().contiguous(), quant_type="nf4", compress_statistics=True)
-    return bnb.dequantize_4bit(packed, state)
+    """What bitsandbytes makes of a weight: quantize with double quantization, then dequantize.
+
+    Flat, because its CPU kernel dequantizes rows whose length is even but no multiple of 64 wrongly.
+    """
+    flat = weight.detach().reshape(-1)
+    packed, state = bnb.quantize_4bit(flat, quant_type="nf4", compress_statistics=True)
+    rounded: Tensor = bnb.dequantize_4bit(packed, state)
+    return rounded.view(weight.shape)
 
 
 def dequantized_base(model: PreTrainedModel) -> PreTrainedModel:
@@ -172,23 +179,15 @@ def pages_of(decoder: Decoder, adapters: Sequence[dict[tuple[int, str], tuple[Te
     return AdapterPages(torch.cat(arena), offsets, scalings)
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    return folder
-
-
-@dataclass
-class Tools:
-    """The helpers above, handed to the tests as one fixture."""
-
-    relative_rms: Callable[..., float] = staticmethod(relative_rms)
-    tiny_model: Callable[..., PreTrainedModel] = staticmethod(tiny_model)
-    dequantized_base: Callable[..., PreTrainedModel] = staticmethod(dequantized_base)
-    reference_logits: Callable[..., list[Tensor]] = staticmethod(reference_logits)
-    paged_logits: Callable[..., list[Tensor]] = staticmethod(paged_logits)
-    pages_of: Callable[..., AdapterPages] = staticmethod(pages_of)
-
-
 @pytest.fixture(scope="session")
-def tools() -> Tools:
-    return Tools()
+def tools() -> SimpleNamespace:
+    """The helpers above."""
+    return SimpleNamespace(
+        relative_rms=relative_rms,
+        nf4_round=nf4_round,
+        tiny_model=tiny_model,
+        dequantized_base=dequantized_base,
+        reference_logits=reference_logits,
+        paged_logits=paged_logits,
+        pages_of=pages_of,
+    )

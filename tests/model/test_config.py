@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from lorry.server.model.config import ModelConfig
 from lorry.server.model.errors import MalformedCheckpoint, UnsupportedModel
 from lorry.server.model.rope_table import Rope
-from transformers import AutoConfig, AutoModelForCausalLM
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 60,
@@ -21,7 +22,7 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 150,
 }
 
-ROPES = {
+ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 31000.0},
     "linear": {"rope_type": "linear", "rope_theta": 9000.0, "factor": 3.5},
     "llama3": {
@@ -81,7 +82,7 @@ def test_rope_equals_transformers(name: str, written: str) -> None:
     torch.testing.assert_close(table[:, half:], sin[0, :, :half], rtol=0, atol=3e-6)
 
 
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 7, "head_dim": 14}),
     "mistral-full": ("MistralForCausalLM", {"sliding_window": None}),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lorry.server.model.load import load_model
 from torch import Tensor
+
+from lorry.server.model.load import load_model
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -84,19 +86,19 @@ def test_float32_logits(name: str, tools: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_logits(name: str, tools: Any, tmp_path: Path) -> None:
-    """A bfloat16 checkpoint computed in bfloat16, and the same in float32 activations."""
+    """A bfloat16 checkpoint computed in bfloat16 with a bfloat16 cache; then in float32, where W is code * absmax."""
     model_type, shape = MODELS[name]
     model = tools.tiny_model(model_type, torch.bfloat16, **shape)
     model.save_pretrained(tmp_path)
-    rounded = tools.dequantized_base(model)
-    expected = tools.reference_logits(rounded, prompts())
+    wide = tools.dequantized_base(copy.deepcopy(model).float())
+    expected = tools.reference_logits(tools.dequantized_base(model), prompts())
     decoder = load_model(str(tmp_path), dtype=torch.bfloat16)
     actual = tools.paged_logits(decoder, prompts(), chunks=CHUNKS, kv_dtype=torch.bfloat16)
     assert_close(tools, actual, expected, 2e-2)
 
     decoder = load_model(str(tmp_path))
     actual = tools.paged_logits(decoder, prompts(), chunks=CHUNKS)
-    assert_close(tools, actual, tools.reference_logits(rounded.float(), prompts()), 1e-4)
+    assert_close(tools, actual, tools.reference_logits(wide, prompts()), 1e-4)
 
 
 def test_batching_changes_no_bit(tools: Any, tmp_path: Path) -> None:

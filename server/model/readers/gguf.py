@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf.constants import GGMLQuantizationType
+from gguf.gguf_reader import GGUFReader
+from gguf.quants import dequantize
 from torch import Tensor
 
 from lorry.server.model.config import ModelConfig

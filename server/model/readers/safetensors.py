@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import safe_open  # type: ignore[attr-defined]
 from torch import Tensor
 
 from lorry.server.model.config import ModelConfig
@@ -40,7 +40,7 @@ class TensorFolder:
         if not files:
             raise ModelNotFound(f"no safetensors file in {self.folder}", field=str(self.folder))
         whole = [file for file in files if file.name == "model.safetensors"] or files
-        return {name: file.name for file in whole for name in self._open(file.name).keys()}
+        return {name: file.name for file in whole for name in self._names(file.name)}
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -49,6 +49,9 @@ class TensorFolder:
             except Exception as error:
                 raise MalformedCheckpoint(f"{file} is not a whole safetensors file: {error}", field=file) from error
         return self._files[file]
+
+    def _names(self, file: str) -> list[str]:
+        return list(self._open(file).keys())
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
