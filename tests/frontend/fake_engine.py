@@ -1,8 +1,9 @@
 """A scripted engine that speaks the protocol: run as the engine's process by the supervisor's tests.
 
-Its model's name is its script, words separated by commas: "fail" exits before Ready, "slow" sends Loading first, "hang" never gets on,
-"once=PATH" fails unless PATH is absent (it creates it). A request's first prompt token says what to do: 1 echo the
-prompt token by token and end, 2 go on until aborted, 3 die by SIGKILL, 4 never start, 5 fail as an unknown adapter.
+Its model's name is its script, words separated by commas: "fail" exits before Ready, "slow" sends Loading first,
+"hang" never gets on, "once=PATH" fails unless PATH is absent (it creates it). A request's first prompt token says
+what to do: 1 echo the prompt token by token and end, 2 go on until aborted, 3 die by SIGKILL, 4 never start, 5 fail
+as an unknown adapter.
 Every command goes to the log as one line "saw <repr>".
 """
 

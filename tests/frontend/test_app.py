@@ -39,13 +39,18 @@ class Server:
     async def status(self):
         return (await self.health.Check(health_pb2.HealthCheckRequest())).status
 
-    async def engine_pid(self):
+    def engine_pid(self):
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         (pid,) = map(int, children)
         return pid
 
     async def exit_code(self, seconds=5.0):
         return await asyncio.wait_for(self.process.wait(), seconds)
+
+
+def read(url):
+    with urllib.request.urlopen(url, timeout=5) as page:
+        return page.read().decode()
 
 
 async def spawn(script="", drain_timeout=30.0, port=0):
@@ -75,8 +80,9 @@ async def server(*args, **options):
 
 
 async def until_serving(serving):
-    while await serving.status() != SERVING:
-        await asyncio.sleep(0.02)
+    async for answer in serving.health.Watch(health_pb2.HealthCheckRequest()):
+        if answer.status == SERVING:
+            return
 
 
 async def test_serve_until_sigterm():
@@ -86,7 +92,7 @@ async def test_serve_until_sigterm():
         assert await serving.status() == SERVING
         events = [event async for event in serving.stream(ECHO, 30, 40)]
         assert [event.WhichOneof("event") for event in events][-1] == "finished"
-        body = urllib.request.urlopen(page, timeout=5).read().decode()
+        body = await asyncio.to_thread(read, page)
         method = "/lorry.v1.GenerationService/GenerateStream"
         assert f'lorry_grpc_requests_total{{code="OK",method="{method}"}} 1.0' in body
         watch = aiter(serving.health.Watch(health_pb2.HealthCheckRequest()))
@@ -124,7 +130,7 @@ async def test_a_second_signal_leaves_at_once():
     async with server() as serving:
         stream = serving.stream(FOREVER)
         await stream.read()
-        engine = await serving.engine_pid()
+        engine = serving.engine_pid()
         serving.process.send_signal(signal.SIGINT)
         await asyncio.sleep(0.2)
         assert serving.process.returncode is None
@@ -138,7 +144,7 @@ async def test_the_death_of_the_engine_is_seen_by_clients_and_healed():
     async with server() as serving:
         stream = aiter(serving.stream(FOREVER))
         await anext(stream)
-        os.kill(await serving.engine_pid(), signal.SIGKILL)
+        os.kill(serving.engine_pid(), signal.SIGKILL)
         begin = time.monotonic()
         with pytest.raises(grpc.aio.AioRpcError) as died:
             async for _ in stream:
