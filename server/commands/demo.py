@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +28,8 @@ def demo(
     names = sorted(path.name for path in adapters.iterdir() if (path / "adapter_config.json").is_file())
     if not names:
         raise fail(f"no adapters in {adapters}")
+    import asyncio
+
     from lorry.server.commands.demo_run import DemoFailed, run
 
     try:

@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc
 
-from lorry.server.frontend.interface import Frontend
-from lorry.server.frontend.request import Request
+from lorry.server.errors import InvalidField
+from lorry.server.frontend.interface import Frontend, RequestHandle
 from lorry.server.rpc import convert, render
 from lorry.v1 import generation_pb2, generation_pb2_grpc
 
@@ -32,24 +32,30 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
 
-    def _request(
+    async def _submit(
         self,
         message: generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest,
         context: _Context,
-    ) -> Request:
+    ) -> RequestHandle:
         vocab_size = self._frontend.model_info.vocab_size
-        return convert.generation(message.spec, message.HasField("spec"), vocab_size, deadline_of(context))
+        present, deadline = message.HasField("spec"), deadline_of(context)
+        request = convert.generation(message.spec, present, vocab_size, deadline)
+        try:
+            return await self._frontend.submit(request)
+        except InvalidField as error:
+            path = f"spec.{error.fields.pop('field', '')}"
+            raise InvalidField(error.message, field=path, **error.fields) from None
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: _Context
     ) -> generation_pb2.GenerateResponse:
-        async with await self._frontend.submit(self._request(request, context)) as handle:
+        async with await self._submit(request, context) as handle:
             return await render.collect(aiter(handle))
 
     async def GenerateStream(
         self, request: generation_pb2.GenerateStreamRequest, context: _Context
     ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
-        async with await self._frontend.submit(self._request(request, context)) as handle:
+        async with await self._submit(request, context) as handle:
             async for event in handle:
                 yield render.event(event)
 

@@ -217,6 +217,13 @@ async def test_bad_field_names_its_path(generation: Any) -> None:
     assert "above 0, to 1" in violation.description
 
 
+async def test_what_the_frontend_refuses_is_below_spec(frontend: Any, generation: Any) -> None:
+    frontend.refusal = errors.InvalidField("the prompt has no tokens", field="prompt")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generation.Generate(gn.GenerateRequest(spec=gn.GenerationSpec(text="x")))
+    assert details_of(caught.value)["BadRequest"].field_violations[0].field == "spec.prompt"
+
+
 async def test_unreadable_bytes_and_unknown_fields_are_refused(channel: grpc.aio.Channel) -> None:
     raw = channel.unary_unary("/lorry.v1.GenerationService/Generate")
     unknown_inside = gn.GenerateRequest(spec=gn.GenerationSpec(text="x")).SerializeToString()
