@@ -1,0 +1,48 @@
+"""What can be wrong with an adapter or a request for one; the engine maps these to the server's domain errors.
+
+Messages are fit for a client's eyes: they name fields, tensors and ids, never a host path.
+"""
+
+from __future__ import annotations
+
+
+class AdapterError(Exception):
+    """Base. `field`: the config field, tensor or id at fault; `details`: the values that were compared, as text."""
+
+    def __init__(self, message: str, field: str = "", **details: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.details = {key: str(value) for key, value in details.items()}
+
+
+class MalformedAdapter(AdapterError):
+    """The files contradict the PEFT format, themselves or each other; `field` names the config field or tensor."""
+
+
+class UnsupportedField(AdapterError):
+    """The adapter is legal but needs a method that is not served; `field` names the config field."""
+
+
+class PathRefused(AdapterError):
+    """A path that does not lead to a folder below an allowed root."""
+
+
+class UnknownAdapter(AdapterError):
+    """No adapter has the id; `field` is the id."""
+
+
+class WrongBase(AdapterError):
+    """The tensors fit another base model's shape; `field` names the tensor."""
+
+
+class RevisionMismatch(AdapterError):
+    """The adapter is there in another revision; details: `expected` and `actual`."""
+
+
+class AdapterExists(AdapterError):
+    """The id is taken; `field` is the id."""
+
+
+class PoolTooSmall(AdapterError):
+    """What is asked for can never be resident together; details: `needed` and `available` in bytes."""

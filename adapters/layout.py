@@ -1,0 +1,60 @@
+"""The linears of a base model that adapters can change: how many layers, and K inputs and N outputs of each site."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lorry.kernels.lora import PAGE_RANK, SITES
+
+Linear = tuple[int, str]
+"""One adapted linear: (layer, site)."""
+
+MAX_RANK = 256
+
+_BLOCK = {site: "mlp" if site in ("gate_proj", "up_proj", "down_proj") else "self_attn" for site in SITES}
+_PATH = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(self_attn|mlp)\.([a-z]+_proj)")
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """Shapes of the adaptable linears.
+
+    layers: decoder layers. sites: site name → (K inputs, N outputs), names from `SITES`. base: the model's name,
+    which no adapter may bear as its id.
+    """
+
+    layers: int
+    sites: dict[str, tuple[int, int]]
+    base: str = ""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.sites) - set(SITES)
+        if unknown:
+            raise ValueError(f"unknown sites {sorted(unknown)}, known are {', '.join(SITES)}")
+
+    def linears(self) -> Iterator[Linear]:
+        """Every (layer, site), layer by layer, sites in the order of `SITES`."""
+        return ((layer, site) for layer in range(self.layers) for site in SITES if site in self.sites)
+
+    def page_elements(self, site: str) -> int:
+        """Elements of one rank page: A [16, K] and B [16, N]."""
+        return PAGE_RANK * sum(self.sites[site])
+
+    @staticmethod
+    def module_path(layer: int, site: str) -> str:
+        """The module's name in transformers, such as "model.layers.0.self_attn.q_proj"."""
+        return f"model.layers.{layer}.{_BLOCK[site]}.{site}"
+
+    @staticmethod
+    def parse(path: str) -> Linear | None:
+        """The inverse of `module_path`, whatever the number of layers; None for other modules."""
+        match = _PATH.fullmatch(path)
+        if match is None or _BLOCK.get(match[3]) != match[2]:
+            return None
+        return int(match[1]), match[3]
+
+    def max_weight_bytes(self) -> int:
+        """Bytes of the largest adapter file that can be served: rank 256, float32, every linear."""
+        return self.layers * MAX_RANK * 4 * sum(k + n for k, n in self.sites.values())

@@ -1,0 +1,127 @@
+"""Who uses what: an id has an entry, an entry has versions (one content each), a request has a lease on versions.
+
+Entry ──current──▶ Version ◀──parts── Lease
+  └────retired───▶ Version ◀──parts── Lease     replaced or unloaded, kept for the leases that began with it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lorry.adapters.canonical import CanonicalAdapter
+from lorry.adapters.errors import AdapterError
+from lorry.adapters.files import Place
+from lorry.adapters.segments import Combo
+
+
+class AdapterReference(Protocol):
+    """One adapter of a request: its id, its weight in the mix, the revision that it must have or None."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def revision(self) -> str | None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Version:
+    """One content of an adapter, wherever its bytes are: `slot` on the device, `host` in memory, else on disk.
+
+    A content that was evicted and read again may have another revision, as long as no lease has started on it.
+    candidate: loads to replace the current version. loading: queued or being read.
+    """
+
+    entry: Entry
+    place: Place
+    revision: str = ""
+    rank: int = 0
+    target_modules: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    slot: int | None = None
+    host: CanonicalAdapter | None = None
+    loading: bool = False
+    candidate: bool = False
+    retired: bool = False
+    leases: set[Lease] = field(default_factory=set)
+
+    @property
+    def has_content(self) -> bool:
+        return self.slot is not None or self.host is not None
+
+    @property
+    def started(self) -> bool:
+        """Whether a request has computed with this content and is not done."""
+        return any(lease.started for lease in self.leases)
+
+    def describe(self, adapter: CanonicalAdapter) -> None:
+        self.revision, self.rank = adapter.revision, adapter.rank
+        self.target_modules, self.methods = adapter.target_modules, adapter.methods
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """An id. provisional: being loaded for the first time by a command; unloaded: only leases hold it."""
+
+    id: str
+    current: Version = field(init=False)
+    retired: list[Version] = field(default_factory=list)
+    pinned: bool = False
+    error: str = ""
+    provisional: bool = False
+    unloaded: bool = False
+
+    @classmethod
+    def at(cls, adapter_id: str, place: Place, provisional: bool = False) -> Entry:
+        entry = cls(adapter_id, provisional=provisional)
+        entry.current = Version(entry, place)
+        return entry
+
+    @property
+    def versions(self) -> list[Version]:
+        return [*self.retired] if self.current.retired else [self.current, *self.retired]
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """One adapter of a lease; `wanted`: the revision that the request insists on."""
+
+    version: Version
+    weight: float
+    wanted: str | None
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """A request's hold on its adapters. order: of arrival; internal: a command's, not a request's.
+
+    pinned: its pages may not go now; started: they were pinned once, so the revisions are fixed from then on.
+    """
+
+    order: int
+    parts: Sequence[Part]
+    internal: bool = False
+    pinned: bool = False
+    started: bool = False
+    error: AdapterError | None = None
+
+    @property
+    def combo(self) -> Combo:
+        """(slot, weight) of each adapter; valid while the lease is pinned, slots may differ the next time."""
+        combo = []
+        for part in self.parts:
+            assert self.pinned and part.version.slot is not None
+            combo.append((part.version.slot, part.weight))
+        return tuple(combo)
+
+    @property
+    def revisions(self) -> tuple[str, ...]:
+        """Of each adapter, in the request's order; fixed from the first pin on, before that "" when still unread."""
+        return tuple(part.version.revision for part in self.parts)
+
+    def versions(self) -> list[Version]:
+        """Each version once."""
+        return list(dict.fromkeys(part.version for part in self.parts))

@@ -1,0 +1,99 @@
+"""From disk to host memory in the background: read, hash, check, cut into pages.
+
+One thread of low priority; the engine thread hands in places and collects results between two steps, and never waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+
+from lorry.adapters.canonical import CanonicalAdapter, canonicalise
+from lorry.adapters.checkpoint import read_pairs
+from lorry.adapters.errors import AdapterError, MalformedAdapter
+from lorry.adapters.files import Place, read_adapter
+from lorry.adapters.layout import ModelLayout
+from lorry.adapters.spec import AdapterSpec
+from lorry.adapters.tensor_file import parse_tensors
+
+log = logging.getLogger(__name__)
+
+_NICENESS = 10  # of the loading thread: the forward pass keeps its cores
+
+
+def load_adapter(place: Place, layout: ModelLayout, dtype: torch.dtype) -> CanonicalAdapter:
+    """Read and check one adapter folder; raises the AdapterError that says what is wrong with it."""
+    files = read_adapter(place, layout.max_weight_bytes())
+    spec = AdapterSpec.from_bytes(bytes(files.config))
+    pairs = read_pairs(parse_tensors(files.weights), spec, layout)
+    return canonicalise(pairs, spec, layout, dtype, files.revision)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """The end of one load: `adapter` or `error`; `seconds` on disk and in checks. `token` is the submitter's."""
+
+    token: int
+    adapter: CanonicalAdapter | None
+    error: AdapterError | None
+    seconds: float
+
+
+class Loader:
+    """A queue of places to load and a queue of what came of them."""
+
+    def __init__(self, layout: ModelLayout, dtype: torch.dtype) -> None:
+        self._layout = layout
+        self._dtype = dtype
+        self._jobs: queue.SimpleQueue[tuple[int, Place] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, token: int, place: Place) -> None:
+        """Load `place`; a `Loaded` with `token` follows."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+            self._thread.start()
+        self._jobs.put((token, place))
+
+    def results(self) -> list[Loaded]:
+        """What has ended since the last call; returns at once."""
+        done = []
+        while True:
+            try:
+                done.append(self._done.get_nowait())
+            except queue.Empty:
+                return done
+
+    def close(self) -> None:
+        """End the thread after the load that it is at."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        while (job := self._jobs.get()) is not None:
+            token, place = job
+            begun = time.monotonic()
+            adapter, error = self._load(place)
+            self._done.put(Loaded(token, adapter, error, time.monotonic() - begun))
+
+    def _load(self, place: Place) -> tuple[CanonicalAdapter | None, AdapterError | None]:
+        try:
+            return load_adapter(place, self._layout, self._dtype), None
+        except AdapterError as error:
+            return None, error
+        except OSError as error:
+            return None, MalformedAdapter(f"the adapter's files cannot be read: {error.strerror}")
+        except Exception:
+            log.exception("loading the adapter in %s failed", place.folder)
+            return None, AdapterError("the adapter could not be loaded")

@@ -1,0 +1,195 @@
+"""The adapters that a server knows, while it serves: all that the engine loop calls, in its thread, never waiting.
+
+    request ─▶ lease ─▶ ready? ─▶ pin ⇄ unpin ─▶ release            requests
+    load · unload · pin_adapter · get · list                        commands
+    poll                                                            once a step: loads end, pages are copied, events
+
+An id's content is read when a request first needs it. From then on the id stands for that revision until it is
+evicted or replaced: a file that changes on disk meanwhile changes nothing, and is read as a new revision after an
+eviction, or at once by `load(replace=True)`. A lease never mixes revisions: what it has begun with stays until its
+release. A load that fails fails the requests that wait for it; the next request tries again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lorry.adapters.catalog import Catalog, is_valid_id
+from lorry.adapters.errors import AdapterExists, MalformedAdapter, UnknownAdapter
+from lorry.adapters.lease import AdapterReference, Lease, Part, Version
+from lorry.adapters.library import Library, mismatch
+from lorry.adapters.pool import PagePool
+from lorry.adapters.records import AdapterChanged, AdapterInfo, AdapterReply, Counters
+
+
+@dataclass(eq=False, slots=True)
+class _Task:
+    """A command that is answered when its lease is resident."""
+
+    call_id: int
+    lease: Lease
+    pin: bool
+
+
+class AdapterManager:
+    """Catalog, loader and pool as one. `close` ends the loader's thread."""
+
+    def __init__(self, catalog: Catalog, pool: PagePool) -> None:
+        self.pool = pool
+        self._library = Library(catalog, pool)
+        self._register = self._library.register
+        self._tasks: list[_Task] = []
+        self._replies: list[AdapterReply] = []
+
+    def close(self) -> None:
+        self._library.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether `poll` has something to do or to wait for."""
+        return bool(self._tasks or self._replies or self._library.busy)
+
+    # ---------------------------------------------------------------- requests
+
+    def request(self, refs: Iterable[AdapterReference]) -> Lease:
+        """A hold on adapters, by id; those that are not resident start loading.
+
+        Raises UnknownAdapter, or RevisionMismatch where the revision is known already.
+        """
+        parts = []
+        for ref in refs:
+            part = Part(self._register.known(ref.id).current, ref.weight, ref.revision)
+            if part.version.has_content and (error := mismatch(part)):
+                raise error
+            parts.append(part)
+        return self._library.lease(parts)
+
+    def ready(self, lease: Lease) -> bool:
+        """Whether all adapters are resident and may be pinned. Raises the AdapterError that prevents it for good."""
+        if lease.error is not None:
+            raise lease.error
+        return self._library.residency.ready(lease)
+
+    def pin(self, lease: Lease) -> None:
+        """Hold the pages of a ready lease; from now on its revisions are fixed."""
+        self._library.residency.pin(lease)
+
+    def unpin(self, lease: Lease) -> None:
+        """Let the pages go when others need the room; `ready` brings the same content back."""
+        self._library.residency.unpin(lease)
+
+    def release(self, lease: Lease) -> None:
+        """The request has ended, whatever became of it."""
+        self._library.release(lease)
+
+    # ---------------------------------------------------------------- commands
+
+    def load(
+        self,
+        call_id: int,
+        adapter_id: str,
+        path: str,
+        expected_revision: str | None = None,
+        pin: bool = False,
+        replace: bool = False,
+    ) -> None:
+        """Register the folder at `path`, below a root, under an id and bring it to the device; `poll` answers.
+
+        An id that is taken needs `replace`; a folder that is registered and unread may be loaded without. While a
+        replacement loads, requests go on with the present content; if it is refused, nothing changes.
+        Raises MalformedAdapter for a bad id, PathRefused, AdapterExists.
+        """
+        library = self._library
+        if not is_valid_id(adapter_id):
+            raise MalformedAdapter(f"id is {adapter_id[:80]!r}, [A-Za-z0-9._-]{{1,64}} is expected", "id")
+        if adapter_id == self.pool.layout.base:
+            raise AdapterExists(f"{adapter_id} is the base model's name", adapter_id)
+        place = self._register.catalog.resolve(path)
+        entry = self._register.entries.get(adapter_id)
+        if entry is None or entry.unloaded:
+            version = self._register.add(adapter_id, place, provisional=True).current
+        elif replace:
+            version = Version(entry, place, candidate=True)
+        elif entry.current.place == place and not entry.current.loading and not entry.current.has_content:
+            version = entry.current
+        else:
+            raise AdapterExists(f"the adapter {adapter_id} exists; replace loads another in its place", adapter_id)
+        lease = library.lease([Part(version, 1.0, expected_revision)], internal=True)
+        self._tasks.append(_Task(call_id, lease, pin))
+
+    def unload(self, adapter_id: str) -> AdapterInfo:
+        """Forget an id: new requests do not find it, those in flight finish. Returns how it was left.
+
+        Its state is DRAINING, until the last of them is done. Raises UnknownAdapter.
+        """
+        entry = self._register.known(adapter_id)
+        gone = UnknownAdapter(f"the adapter {adapter_id} was unloaded", adapter_id)
+        for task in self._tasks:
+            if task.lease.error is None and task.lease.parts[0].version.entry is entry:
+                self._library.fail(task.lease, gone)
+        self._library.unload(entry)
+        return self._register.info(entry)
+
+    def pin_adapter(self, call_id: int, adapter_id: str, pinned: bool) -> None:
+        """Keep an adapter on the device, bringing it there first, or no longer; `poll` answers.
+
+        Raises UnknownAdapter.
+        """
+        entry = self._register.known(adapter_id)
+        if pinned:
+            lease = self._library.lease([Part(entry.current, 1.0, None)], internal=True)
+            self._tasks.append(_Task(call_id, lease, pin=True))
+        else:
+            self._library.set_pinned(entry, False)
+            self._replies.append(AdapterReply(call_id, self._register.info(entry)))
+
+    def get(self, adapter_id: str) -> AdapterInfo:
+        """One adapter, also a draining one. Raises UnknownAdapter."""
+        entry = self._register.entries.get(adapter_id) or self._register.known(adapter_id)
+        return self._register.info(entry)
+
+    def list(self) -> list[AdapterInfo]:
+        """All adapters ordered by id, folders that are new included."""
+        self._register.discover()
+        return [self._register.info(entry) for _, entry in sorted(self._register.entries.items())]
+
+    # ---------------------------------------------------------------- once a step
+
+    def poll(self) -> Sequence[AdapterReply | AdapterChanged]:
+        """End loads, copy a bounded number of bytes, answer commands; what has happened since the last call."""
+        self._library.end_loads()
+        self._library.residency.step(self._library.fail)
+        self._tasks = [task for task in self._tasks if not self._answer(task)]
+        self._library.start_loads()
+        events: Sequence[AdapterReply | AdapterChanged] = [*self._replies, *self._register.changes()]
+        self._replies = []
+        return events
+
+    def take_counters(self) -> Counters:
+        """What was counted since the last call."""
+        taken, self._library.counters = self._library.counters, Counters()
+        taken.evictions, self._library.residency.evictions = self._library.residency.evictions, 0
+        return taken
+
+    @property
+    def loaded(self) -> int:
+        """Adapters on the device."""
+        return len(self._library.residency.by_slot)
+
+    def check(self) -> None:
+        """Prove that entries, versions, leases and pool agree."""
+        self._library.check()
+
+    def _answer(self, task: _Task) -> bool:
+        """Answer a command that has come to its end."""
+        lease, entry = task.lease, task.lease.parts[0].version.entry
+        if lease.error is None and not self._library.residency.resident(lease):
+            return False
+        if lease.error is None:
+            if task.pin:
+                self._library.set_pinned(entry, True)
+            self._library.release(lease)
+        info = self._register.info(entry) if lease.error is None else None
+        self._replies.append(AdapterReply(task.call_id, info, lease.error))
+        return True

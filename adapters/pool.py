@@ -1,0 +1,273 @@
+"""Rank pages on the device: one arena, one slot per resident adapter revision.
+
+    slot life:   reserve ─▶ fill … fill ─▶ resident ⇄ in use (acquire, release) ─▶ evict
+
+Filling is cut into bounded pieces, so that a load never holds up a step. Everything here runs in the engine thread
+between two steps; that is also why pages may be moved (`slabs.py` says when).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lorry.adapters.canonical import CanonicalAdapter, CanonicalLinear
+from lorry.adapters.errors import PoolTooSmall
+from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.slabs import Demand, SlabAllocator
+from lorry.adapters.tables import Placed, SlotTables
+from lorry.kernels.lora import AdapterPages
+
+
+@dataclass(eq=False, slots=True)
+class _Slot:
+    """Books of one slot. offsets: pages of each linear; to_fill: pages still to be copied; used: tick of last use."""
+
+    adapter: CanonicalAdapter  # its pages are dropped when they have been copied
+    offsets: dict[Linear, list[int]]
+    scaling: dict[Linear, float]
+    demand: Demand
+    to_fill: list[tuple[Linear, int]]
+    used: int
+    users: int = 0
+    pinned: bool = False
+
+
+class PagePool:
+    """Fixed memory for adapters. capacity_bytes: of the arena; the tables (see `tables.py`) come on top."""
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        capacity_bytes: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        max_slots: int = 512,
+    ) -> None:
+        self.layout = layout
+        self.dtype = dtype
+        self.max_slots = max_slots
+        self._classes = sorted({layout.page_elements(site) for site in layout.sites})
+        self._kind = {site: self._classes.index(layout.page_elements(site)) for site in layout.sites}
+        self._slabs = SlabAllocator(self._classes, capacity_bytes // dtype.itemsize)
+        arena = torch.empty(self._slabs.slabs * self._slabs.slab_elements, dtype=dtype, device=device)
+        self._tables = SlotTables(arena, max_slots, layout.layers)
+        self._mean_page = sum(map(layout.page_elements, layout.sites)) / len(layout.sites) * dtype.itemsize
+        self._slots: dict[int, _Slot] = {}
+        self._free_slots = list(reversed(range(max_slots)))
+        self._holders: dict[int, tuple[int, Linear, int]] = {}  # offset → (slot, linear, index in its list)
+        self._ticks = itertools.count()
+
+    # ---------------------------------------------------------------- sizes
+
+    @property
+    def pages(self) -> AdapterPages:
+        """What the kernels read; the same tensors for the pool's whole life."""
+        return self._tables.pages
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of the arena: whole slabs."""
+        return self.pages.arena.nbytes
+
+    @property
+    def bytes_used(self) -> int:
+        return sum(self.bytes_of(books.demand) for books in self._slots.values())
+
+    @property
+    def pages_total(self) -> int:
+        """The arena in pages of the mean size over this model's sites."""
+        return int(self.capacity_bytes / self._mean_page)
+
+    @property
+    def pages_used(self) -> int:
+        """Bytes in use in the same unit, rounded up, at most `pages_total`."""
+        return min(self.pages_total, int(-(-self.bytes_used // self._mean_page)))
+
+    def demand(self, adapters: Iterable[CanonicalAdapter]) -> Demand:
+        """Pages of each size class that the adapters take together."""
+        counts = [0] * len(self._classes)
+        for adapter in adapters:
+            for (_, site), linear in adapter.linears.items():
+                counts[self._kind[site]] += linear.pages.shape[0]
+        return tuple(counts)
+
+    def demand_of(self, slot: int) -> Demand:
+        return self._slots[slot].demand
+
+    def bytes_of(self, demand: Demand) -> int:
+        return sum(n * size for n, size in zip(demand, self._classes, strict=True)) * self.dtype.itemsize
+
+    # ---------------------------------------------------------------- room
+
+    def ever_fits(self, demand: Demand, slots: int) -> bool:
+        """Whether an empty pool could hold `slots` adapters that take `demand`."""
+        return slots <= self.max_slots and self._slabs.ever_fits(demand)
+
+    def too_small(self, demand: Demand) -> PoolTooSmall:
+        """The error for a demand that never fits; it names both sizes, in bytes."""
+        needed, available = self.bytes_of(demand), self.capacity_bytes
+        return PoolTooSmall(
+            f"{needed} bytes of adapters, the pinned ones included, do not fit into the pool of {available} bytes",
+            "adapters",
+            needed=needed,
+            available=available,
+        )
+
+    def least_recently_used(self) -> list[int]:
+        """Resident slots, the one whose last use is longest ago first."""
+        return sorted((slot for slot in self._slots if self.is_resident(slot)), key=lambda n: self._slots[n].used)
+
+    def make_room(self, demand: Demand, slots: int = 1, protected: Container[int] = ()) -> list[int] | None:
+        """The least recently used slots whose eviction lets `slots` new adapters fit that take `demand`.
+
+        None when that is impossible: those in use, pinned, being filled or in `protected` stay. Evicts nothing.
+        """
+        lru = self.least_recently_used()
+        return self.enough(demand, slots, (n for n in lru if self._idle(self._slots[n]) and n not in protected))
+
+    def enough(self, demand: Demand, slots: int, candidates: Iterable[int]) -> list[int] | None:
+        """The first of `candidates` that have to go, used or not, for `demand` to fit; None: all are too few."""
+        chosen: list[int] = []
+        freed = (0,) * len(self._classes)
+        remaining = iter(candidates)
+        while len(self._free_slots) + len(chosen) < slots or not self._slabs.fits(demand, freed):
+            slot = next(remaining, None)
+            if slot is None:
+                return None
+            chosen.append(slot)
+            freed = tuple(a + b for a, b in zip(freed, self._slots[slot].demand, strict=True))
+        return chosen
+
+    @staticmethod
+    def _idle(books: _Slot) -> bool:
+        return books.users == 0 and not books.pinned and not books.to_fill
+
+    # ---------------------------------------------------------------- slots come and go
+
+    def insert(self, adapter: CanonicalAdapter) -> int | None:
+        """Make room, reserve and fill; the slot, or None, and nothing changed, when what stays leaves no room.
+
+        Raises PoolTooSmall for an adapter that an empty pool could not hold.
+        """
+        demand = self.demand([adapter])
+        if not self.ever_fits(demand, 1):
+            raise self.too_small(demand)
+        victims = self.make_room(demand)
+        if victims is None:
+            return None
+        for victim in victims:
+            self.evict(victim)
+        slot = self.reserve(adapter)
+        self.fill(slot, adapter.nbytes)
+        return slot
+
+    def reserve(self, adapter: CanonicalAdapter) -> int:
+        """A slot with all pages that `adapter` takes, still unfilled; there must be room."""
+        demand = self.demand([adapter])
+        for move in self._slabs.vacate_for(demand):
+            self._move(move.source, move.target, move.size)
+        slot = self._free_slots.pop()
+        offsets = {
+            (layer, site): [self._slabs.allocate(self._kind[site]) for _ in range(linear.pages.shape[0])]
+            for (layer, site), linear in adapter.linears.items()
+        }
+        pages = [(linear, index) for linear, places in offsets.items() for index in range(len(places))]
+        for linear, index in pages:
+            self._holders[offsets[linear][index]] = slot, linear, index
+        scaling = {key: linear.scaling for key, linear in adapter.linears.items()}
+        self._slots[slot] = _Slot(adapter, offsets, scaling, demand, pages[::-1], next(self._ticks))
+        return slot
+
+    def fill(self, slot: int, budget: int) -> int:
+        """Copy pages until they come to `budget` bytes or all are there, at least one page; the bytes copied."""
+        books = self._slots[slot]
+        copied = 0
+        while books.to_fill and (copied == 0 or copied < budget):
+            linear, index = books.to_fill.pop()
+            page = books.adapter.linears[linear].pages[index]
+            offset = books.offsets[linear][index]
+            self.pages.arena[offset : offset + page.numel()].copy_(page)
+            copied += page.nbytes
+        if copied and not books.to_fill:
+            books.adapter = books.adapter.without_pages()
+            self._tables.write(slot, self._placed(books))
+        return copied
+
+    def evict(self, slot: int) -> None:
+        """Free a slot that is neither in use nor pinned; one that is being filled may go too."""
+        books = self._slots[slot]
+        assert books.users == 0 and not books.pinned
+        del self._slots[slot]
+        for places in books.offsets.values():
+            for offset in places:
+                self._slabs.free(offset)
+                del self._holders[offset]
+        self._tables.clear(slot)
+        self._free_slots.append(slot)
+
+    def extract(self, slot: int) -> CanonicalAdapter:
+        """A resident adapter, copied back to host memory as it was inserted."""
+        books = self._slots[slot]
+        assert not books.to_fill
+        pages = {}
+        for linear, places in books.offsets.items():
+            size = self.layout.page_elements(linear[1])
+            pages[linear] = torch.stack([self.pages.arena[offset : offset + size] for offset in places]).cpu()
+        linears = {linear: CanonicalLinear(pages[linear], books.scaling[linear]) for linear in pages}
+        return books.adapter.with_linears(linears)
+
+    # ---------------------------------------------------------------- use
+
+    def is_resident(self, slot: int) -> bool:
+        """Whether all pages of a slot are there and its tables are written."""
+        return not self._slots[slot].to_fill
+
+    def users(self, slot: int) -> int:
+        return self._slots[slot].users
+
+    def acquire(self, slot: int) -> None:
+        """Hold a resident slot; counted."""
+        assert self.is_resident(slot)
+        self._slots[slot].users += 1
+        self._slots[slot].used = next(self._ticks)
+
+    def release(self, slot: int) -> None:
+        assert self._slots[slot].users > 0
+        self._slots[slot].users -= 1
+        self._slots[slot].used = next(self._ticks)
+
+    def set_pinned(self, slot: int, pinned: bool) -> None:
+        """A pinned slot is never evicted."""
+        self._slots[slot].pinned = pinned
+
+    def _move(self, source: int, target: int, size: int) -> None:
+        arena = self.pages.arena
+        arena[target : target + size].copy_(arena[source : source + size])
+        slot, linear, index = self._holders[target] = self._holders.pop(source)
+        books = self._slots[slot]
+        books.offsets[linear][index] = target
+        if not books.to_fill:
+            self._tables.move(slot, linear, index, target)
+
+    @staticmethod
+    def _placed(books: _Slot) -> Placed:
+        return {linear: (places, books.scaling[linear]) for linear, places in books.offsets.items()}
+
+    def check(self) -> None:
+        """Prove that books, slabs and tables agree; reads the tables back, so only for idle moments and tests."""
+        live = {
+            offset: (slot, (layer, site), index)
+            for slot, books in self._slots.items()
+            for (layer, site), places in books.offsets.items()
+            for index, offset in enumerate(places)
+        }
+        assert live == self._holders, "a page has two holders or none"
+        self._slabs.check([(offset, self._kind[linear[1]]) for offset, (_, linear, _) in live.items()])
+        assert sorted([*self._slots, *self._free_slots]) == list(range(self.max_slots))
+        assert all(books.users >= 0 for books in self._slots.values())
+        self._tables.check({n: self._placed(books) for n, books in self._slots.items() if not books.to_fill})
+        assert self.bytes_used <= self.capacity_bytes

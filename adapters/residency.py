@@ -1,0 +1,198 @@
+"""Which versions are on the device: room for those that wait, in the order in which their requests came.
+
+The oldest lease whose content is in host memory is the head. Least recently used idle adapters go for it. If those are
+too few, adapters that are in use are closed: requests younger than the head wait, so that the users dwindle and the
+head gets in, however many requests for other adapters keep coming. What older waiting requests need stays, unless the
+head has been blocked for PATIENCE polls (they may be waiting for something else).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lorry.adapters.errors import AdapterError
+from lorry.adapters.lease import Lease, Version
+from lorry.adapters.pool import PagePool
+from lorry.adapters.slabs import Demand
+
+COPY_BUDGET = 4 << 20  # bytes copied into the arena in one poll
+PATIENCE = 64
+
+
+class Residency:
+    """The device's side of the manager. evicted: called with each version that has just lost its slot."""
+
+    def __init__(self, pool: PagePool, changed: Callable[[Version], None], evicted: Callable[[Version], None]) -> None:
+        self.pool = pool
+        self.evictions = 0
+        self.by_slot: dict[int, Version] = {}
+        self.hosted: dict[Version, None] = {}  # in host memory, without a slot
+        self._filling: dict[Version, None] = {}
+        self._closing: set[int] = set()
+        self._head: Lease | None = None
+        self._blocked = 0  # polls that the head has been blocked
+        self._changed = changed
+        self._evicted = evicted
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._filling or self.hosted)
+
+    def hosted_bytes(self) -> int:
+        """Bytes in host memory that wait for room."""
+        return sum(version.host.nbytes for version in self.hosted if version.host is not None)
+
+    def resident(self, lease: Lease) -> bool:
+        """Whether all pages of all adapters of a lease are on the device."""
+        return all(v.slot is not None and self.pool.is_resident(v.slot) for v in lease.versions())
+
+    def ready(self, lease: Lease) -> bool:
+        """Whether the lease may start now: resident, and not in the way of an older one."""
+        if lease.pinned:
+            return True
+        if not self.resident(lease):
+            return False
+        if self._head is None or lease.order <= self._head.order:
+            return True
+        return not any(version.slot in self._closing for version in lease.versions())
+
+    def pin(self, lease: Lease) -> None:
+        assert not lease.pinned and lease.error is None and self.resident(lease)
+        for version in lease.versions():
+            assert version.slot is not None
+            self.pool.acquire(version.slot)
+        lease.pinned = lease.started = True
+
+    def unpin(self, lease: Lease) -> None:
+        if lease.pinned:
+            for version in lease.versions():
+                assert version.slot is not None
+                self.pool.release(version.slot)
+            lease.pinned = False
+
+    def drop(self, version: Version) -> None:
+        """Forget a version's content, on the device and in host memory."""
+        if version.slot is not None:
+            self.pool.set_pinned(version.slot, False)
+            self.pool.evict(version.slot)
+            del self.by_slot[version.slot]
+            self._closing.discard(version.slot)
+            self._filling.pop(version, None)
+            version.slot = None
+        self.hosted.pop(version, None)
+        version.host = None
+
+    # ---------------------------------------------------------------- once a step
+
+    def step(self, fail: Callable[[Lease, AdapterError], None]) -> None:
+        """Copy, at most COPY_BUDGET bytes, and make room. `fail` ends leases that can never be resident."""
+        budget = self._fill(COPY_BUDGET)
+        while budget > 0:
+            head = self._next_head()
+            if head is not self._head:
+                self._head, self._blocked = head, 0
+            if head is None:
+                self._closing.clear()
+                return
+            needed = [v for v in head.versions() if v.slot is None]
+            demand, slots = self._floor(head)
+            if not self.pool.ever_fits(demand, slots):
+                fail(head, self.pool.too_small(demand))
+            elif self._make_room(head, needed):
+                self._closing.clear()
+                for version in needed:
+                    self._reserve(version)
+                budget = self._fill(budget)
+            else:
+                self._blocked += 1
+                return
+
+    def _fill(self, budget: int) -> int:
+        """Go on with the copies, oldest first; what is left of the budget."""
+        while self._filling and budget > 0:
+            version = next(iter(self._filling))
+            assert version.slot is not None
+            budget -= self.pool.fill(version.slot, budget)
+            if self.pool.is_resident(version.slot):
+                del self._filling[version]
+                version.host = None
+                self.pool.set_pinned(version.slot, version.entry.pinned and not version.retired)
+                self._changed(version)
+        return budget
+
+    def _next_head(self) -> Lease | None:
+        """The oldest lease that has all content and not all of it on the device."""
+        waiting = (
+            lease
+            for version in self.hosted
+            for lease in version.leases
+            if all(other.has_content for other in lease.versions())
+        )
+        return min(waiting, key=lambda lease: lease.order, default=None)
+
+    def _floor(self, lease: Lease) -> tuple[Demand, int]:
+        """Pages and slots that the lease takes together with the pinned adapters, which never go."""
+        versions = lease.versions()
+        slots = {v.slot for v in versions if v.slot is not None}
+        slots |= {slot for slot, v in self.by_slot.items() if v.entry.pinned and not v.retired}
+        hosted = [v.host for v in versions if v.slot is None and v.host is not None]
+        demands = [self.pool.demand(hosted), *(self.pool.demand_of(slot) for slot in slots)]
+        return tuple(map(sum, zip(*demands, strict=True))), len(hosted) + len(slots)
+
+    def _make_room(self, head: Lease, needed: list[Version]) -> bool:
+        """Evict what may go; when that is too little, close what is in use."""
+        demand = self.pool.demand(v.host for v in needed if v.host is not None)
+        own = {v.slot for v in head.versions() if v.slot is not None}
+        protected = own | (self._awaited(head.order) if self._blocked < PATIENCE else set())
+        victims = self.pool.make_room(demand, len(needed), protected)
+        if victims is None:
+            others = [
+                slot
+                for slot in self.pool.least_recently_used()
+                if slot not in own and not (self.by_slot[slot].entry.pinned and not self.by_slot[slot].retired)
+            ]
+            others.sort(key=lambda slot: slot not in self._closing)  # stable: whoever was closed stays so
+            self._closing = set(self.pool.enough(demand, len(needed), others) or ())  # (): first let copies end
+            return False
+        for slot in victims:
+            if slot in self.by_slot:  # an eviction may have ended the last lease of another victim
+                self._evict(self.by_slot[slot])
+        return True
+
+    def _awaited(self, order: int) -> set[int]:
+        """Slots that older leases wait for."""
+        return {
+            slot
+            for slot, version in self.by_slot.items()
+            if any(lease.order < order and not lease.pinned for lease in version.leases)
+        }
+
+    def _reserve(self, version: Version) -> None:
+        assert version.host is not None
+        version.slot = self.pool.reserve(version.host)
+        del self.hosted[version]
+        self.by_slot[version.slot] = version
+        self._filling[version] = None
+        self._changed(version)
+
+    def _evict(self, version: Version) -> None:
+        """Free a slot. Content that a preempted request has begun with goes back to host memory, never to disk."""
+        assert version.slot is not None
+        saved = self.pool.extract(version.slot) if version.started else None
+        self.drop(version)
+        self.evictions += 1
+        if saved is not None:
+            version.host = saved
+            self.hosted[version] = None
+        self._evicted(version)
+
+    def check(self) -> None:
+        """Prove that pool and versions agree."""
+        self.pool.check()
+        assert set(self._filling) <= set(self.by_slot.values())
+        assert self._closing <= set(self.by_slot)
+        for slot, version in self.by_slot.items():
+            assert version.slot == slot and version not in self.hosted
+            pinned = sum(1 for lease in version.leases if lease.pinned)
+            assert self.pool.users(slot) == pinned, "uses of a slot are not its pinned leases"
+        assert all(version.host is not None and version.slot is None for version in self.hosted)

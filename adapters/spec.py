@@ -1,0 +1,187 @@
+"""adapter_config.json → AdapterSpec: the mathematics that PEFT gives each linear, or a refusal by the field's name.
+
+    s = α / r        (LoRA, arXiv:2106.09685)
+    s = α / √r       (rsLoRA, arXiv:2312.03732)
+
+with r and α of the first matching pattern, else the config's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
+from lorry.adapters.fields import refuse_unsupported
+from lorry.adapters.layout import MAX_RANK, Linear, ModelLayout
+from lorry.adapters.matching import Matcher
+from lorry.adapters.strict_json import parse_object
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 1 << 20
+
+_UNSERVED_MODULES = ("lm_head", "model.embed_tokens")  # those beside the linears that PEFT could adapt
+_FLOAT32_MAX = 3.4028234e38
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What a config says, checked. Patterns are in the file's order; `base` is only for messages."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: tuple[tuple[str, int], ...]
+    alpha_pattern: tuple[tuple[str, float], ...]
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: frozenset[int] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    base: str = ""
+    _matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> AdapterSpec:
+        """Parse the content of adapter_config.json; raises MalformedAdapter or UnsupportedField."""
+        return cls.from_json(parse_object(data, CONFIG_NAME, MAX_CONFIG_BYTES))
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, object]) -> AdapterSpec:
+        """Check every field; raises MalformedAdapter or UnsupportedField that names one."""
+        if "peft_type" not in config:
+            raise MalformedAdapter('peft_type is missing, "LORA" is expected', "peft_type")
+        refuse_unsupported({"peft_type": config["peft_type"]})
+        refuse_unsupported(config)
+        for name in ("r", "target_modules"):
+            if name not in config:
+                raise MalformedAdapter(f"{name} is missing", name)
+        targets = _modules(config["target_modules"], "target_modules")
+        if not targets:
+            raise UnsupportedField("target_modules names nothing, name the linears that are adapted", "target_modules")
+        layers = _layers(config.get("layers_to_transform"))
+        layers_pattern = _modules(config.get("layers_pattern"), "layers_pattern")
+        if isinstance(layers_pattern, str):
+            layers_pattern = (layers_pattern,) if layers_pattern else ()
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(targets, str) and config.get(name) is not None:
+                raise MalformedAdapter(f"{name} needs target_modules to be a list, it is a string", name)
+        if layers_pattern and layers is None:
+            raise MalformedAdapter("layers_pattern needs layers_to_transform", "layers_pattern")
+        base = config.get("base_model_name_or_path")
+        return cls(
+            rank=_rank(config["r"], "r"),
+            alpha=_alpha(config.get("lora_alpha", 8), "lora_alpha"),
+            use_rslora=_bool(config.get("use_rslora", False), "use_rslora"),
+            rank_pattern=tuple((k, _rank(v, "rank_pattern")) for k, v in _pairs(config, "rank_pattern")),
+            alpha_pattern=tuple((k, _alpha(v, "alpha_pattern")) for k, v in _pairs(config, "alpha_pattern")),
+            target_modules=targets,
+            exclude_modules=_modules(config.get("exclude_modules"), "exclude_modules"),
+            layers_to_transform=layers or None,
+            layers_pattern=layers_pattern,
+            base=base[:200] if isinstance(base, str) else "",
+        )
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return ("rslora",) if self.use_rslora else ("lora",)
+
+    def rank_of(self, path: str) -> int:
+        """r of the module at `path`."""
+        found = self._matcher.pattern_value(self.rank_pattern, path, "rank_pattern")
+        return self.rank if found is None else int(found)
+
+    def scaling_of(self, path: str) -> float:
+        """s of the module at `path`; raises MalformedAdapter when float32 cannot hold it."""
+        found = self._matcher.pattern_value(self.alpha_pattern, path, "alpha_pattern")
+        alpha = self.alpha if found is None else found
+        rank = self.rank_of(path)
+        scaling = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        if abs(scaling) > _FLOAT32_MAX:
+            raise MalformedAdapter(f"lora_alpha: the scaling of {path} is {scaling:g}, too large", "lora_alpha")
+        return scaling
+
+    def adapts(self, path: str) -> bool:
+        """Whether PEFT would adapt the module at `path`."""
+        if self.exclude_modules and self._matcher.names(self.exclude_modules, path, "exclude_modules"):
+            return False
+        if isinstance(self.target_modules, str):
+            if self.target_modules.lower() == "all-linear":
+                return ModelLayout.parse(path) is not None
+            return self._matcher.names(self.target_modules, path, "target_modules")
+        if path in self.target_modules:
+            return True
+        if not self._matcher.names(self.target_modules, path, "target_modules"):
+            return False
+        if self.layers_to_transform is None:
+            return True
+        return self._matcher.layer_index(self.layers_pattern, path) in self.layers_to_transform
+
+    def adapted_linears(self, layout: ModelLayout) -> list[Linear]:
+        """Every linear of `layout` that PEFT would adapt; raises UnsupportedField for other modules."""
+        for path in _UNSERVED_MODULES:
+            if self.adapts(path):
+                raise UnsupportedField(
+                    f"target_modules means {path}, this server adapts {', '.join(layout.sites)}", "target_modules"
+                )
+        return [(layer, site) for layer, site in layout.linears() if self.adapts(layout.module_path(layer, site))]
+
+
+def _wrong(name: str, value: object, expected: str, error: type[AdapterError] = MalformedAdapter) -> AdapterError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return error(f"{name} is {shown}, {expected} is expected", name)
+
+
+def _bool(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(name, value, "true or false")
+    return value
+
+
+def _rank(value: object, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong(name, value, f"a whole number from 1 to {MAX_RANK}")
+    if value > MAX_RANK:
+        raise _wrong(name, value, f"a rank of at most {MAX_RANK}", UnsupportedField)
+    return value
+
+
+def _alpha(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _wrong(name, value, "a finite number")
+    try:
+        alpha = float(value)
+    except OverflowError:
+        alpha = math.inf
+    if not math.isfinite(alpha):
+        raise _wrong(name, value, "a finite number")
+    return alpha
+
+
+def _pairs(config: Mapping[str, object], name: str) -> list[tuple[str, object]]:
+    value = config.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, dict):
+        raise _wrong(name, value, "an object")
+    return list(value.items())
+
+
+def _modules(value: object, name: str) -> str | tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise _wrong(name, value, "a string or a list of strings")
+    return tuple(value)
+
+
+def _layers(value: object) -> frozenset[int] | None:
+    if value is None:
+        return None
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
+        raise _wrong("layers_to_transform", value, "a whole number or a list of them")
+    return frozenset(values)

@@ -1,0 +1,61 @@
+"""The tables that kernels read: where each slot's pages lie and how they are scaled.
+
+offsets[slot, layer, site, p]: int64, element offset of page p or -1       scaling[slot, layer, site]: float32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lorry.adapters.canonical import page_count
+from lorry.adapters.layout import MAX_RANK, Linear
+from lorry.kernels.lora import SITES, AdapterPages
+
+Placed = Mapping[Linear, tuple[Sequence[int], float]]
+"""Offsets of the pages and the scaling of each adapted linear of one slot."""
+
+
+class SlotTables:
+    """Device tensors `pages`; a slot without an adapter holds -1 and 0."""
+
+    def __init__(self, arena: Tensor, max_slots: int, layers: int) -> None:
+        shape = (max_slots, layers, len(SITES))
+        device = arena.device
+        self.pages = AdapterPages(
+            arena=arena,
+            offsets=torch.full((*shape, page_count(MAX_RANK)), -1, dtype=torch.int64, device=device),
+            scaling=torch.zeros(shape, dtype=torch.float32, device=device),
+        )
+
+    def write(self, slot: int, placed: Placed) -> None:
+        offsets, scaling = self._rows(placed)
+        self.pages.offsets[slot] = offsets.to(self.pages.offsets.device)
+        self.pages.scaling[slot] = scaling.to(self.pages.scaling.device)
+
+    def move(self, slot: int, linear: Linear, index: int, offset: int) -> None:
+        """Page `index` of one linear now lies at `offset`."""
+        self.pages.offsets[slot, linear[0], SITES.index(linear[1]), index] = offset
+
+    def clear(self, slot: int) -> None:
+        self.pages.offsets[slot] = -1
+        self.pages.scaling[slot] = 0
+
+    def check(self, books: Mapping[int, Placed]) -> None:
+        """Prove that each slot's rows say what `books` say; slots that are not in it must be clear."""
+        offsets, scaling = self.pages.offsets.cpu(), self.pages.scaling.cpu()
+        for slot in range(offsets.shape[0]):
+            expected_offsets, expected_scaling = self._rows(books.get(slot, {}))
+            assert torch.equal(offsets[slot], expected_offsets), f"the offsets of slot {slot} differ from the books"
+            assert torch.equal(scaling[slot], expected_scaling), f"the scaling of slot {slot} differs from the books"
+
+    def _rows(self, placed: Placed) -> tuple[Tensor, Tensor]:
+        offsets = torch.full(self.pages.offsets.shape[1:], -1, dtype=torch.int64)
+        scaling = torch.zeros(self.pages.scaling.shape[1:], dtype=torch.float32)
+        for (layer, site), (places, scale) in placed.items():
+            column = SITES.index(site)
+            offsets[layer, column, : len(places)] = torch.tensor(places)
+            scaling[layer, column] = scale
+        return offsets, scaling
