@@ -197,6 +197,8 @@ class EngineProcess:
         log.cancel()
         if not self._stopping:
             logger.error("the engine %s", _exit_text(process.returncode))
+            if not engine_log.isEnabledFor(logging.INFO):
+                logger.error("its last lines:\n%s", "\n".join(self._last_lines))
         return loop.time() - ready_at if ready_at else 0.0
 
     async def _hand_over_config(self, process: asyncio.subprocess.Process) -> None:

@@ -17,10 +17,10 @@ LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 TOKEN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
 """Between two tokens of one sequence: 0.5 ms to 5 s."""
 LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""From the wish for an adapter until it is on the device: 5 ms to 1 min."""
+"""From an adapter's files to checked tensors in host memory: 5 ms to 1 min."""
 
 FINISH_REASONS = frozenset({"eos", "stop", "length", "time_limit", "aborted", "cancelled", "deadline", "error"})
-LOAD_RESULTS = frozenset({"ok", "malformed", "not_found", "refused", "too_large", "error"})
+LOAD_RESULTS = frozenset({"ok", "error"})
 GRPC_CODES = frozenset(
     {
         "OK",
@@ -47,8 +47,7 @@ GRPC_CODES = frozenset(
 class Metrics:
     """All metrics, registered once; thread-safe as prometheus_client's are.
 
-    `grpc_methods` is the closed set of full method names ("/lorry.v1.GenerationService/Generate") that may become
-    label values; the rpc room adds its own with `allow_grpc_methods`.
+    Method names become label values once `allow_grpc_methods` has named them.
     """
 
     def __init__(self) -> None:
@@ -112,7 +111,7 @@ class Metrics:
         )
         self.adapter_load = Histogram(
             "lorry_adapter_load_seconds",
-            "From the wish for an adapter until it is on the device.",
+            "From an adapter's files to checked tensors in host memory.",
             buckets=LOAD_BUCKETS,
             registry=r,
         )
@@ -131,7 +130,7 @@ class Metrics:
             self.adapter_loads.labels(result)
 
     def allow_grpc_methods(self, methods: frozenset[str]) -> None:
-        """Add full method names to the closed set of label values."""
+        """Add full names ("/lorry.v1.GenerationService/Generate") to the closed set of label values."""
         self._grpc_methods |= methods
 
     def grpc_finished(self, method: str, code: str) -> None:

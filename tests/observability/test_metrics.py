@@ -97,7 +97,7 @@ def test_the_engines_numbers_are_set_and_added():
         adapter_pages_used=11,
         adapter_pages_total=13,
         preemptions=2,
-        adapter_loads={"ok": 4, "malformed": 1},
+        adapter_loads={"ok": 4, "error": 1},
         adapter_evictions=6,
         histograms=[
             Histogram("adapter_load_seconds", [0.2, 0.3]),
@@ -121,7 +121,7 @@ def test_the_engines_numbers_are_set_and_added():
     }
     assert {name: found[name, ()] for name in expected} == expected
     assert found["lorry_adapter_loads_total", (("result", "ok"),)] == 8
-    assert found["lorry_adapter_loads_total", (("result", "malformed"),)] == 2
+    assert found["lorry_adapter_loads_total", (("result", "error"),)] == 2
 
 
 def test_no_blocks_are_no_usage():
