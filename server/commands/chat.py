@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +44,8 @@ def chat(
             "max_new_tokens": max_new_tokens,
         },
     )
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() edits lines with it
     with connect(server) as channel:
         _greet(channel)
         while (line := _read()) is not None:
