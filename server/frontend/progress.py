@@ -60,6 +60,6 @@ class LoadingProgress:
         now, finished = time.monotonic(), loading.done >= loading.total
         if not finished and now < self._next_line.get(loading.stage, 0.0):
             return
-        self._next_line[loading.stage] = now + SECONDS_BETWEEN_LINES
+        self._next_line[loading.stage] = 0.0 if finished else now + SECONDS_BETWEEN_LINES
         share = 100 * loading.done // loading.total if loading.total else 100
         logger.info("%s: %d%%", loading.stage, share)
