@@ -57,6 +57,8 @@ class EngineConfig:
     """Where converted models and compiled kernels are kept; None: the user's cache directory."""
     seed: int = 0
     """Seed of whatever is random in the engine beside the requests, which bring their own."""
+    debug_checks: bool = False
+    """Prove the allocators' invariants whenever the engine is idle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -254,14 +254,15 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     model_folder: str = ""  # where the tokenizer lies; empty: where `resolve_model` says
 
 
+LoadingStage = Literal["download", "quantize", "load", "warm up"]
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     """Progress before `Ready`: how much of `stage` is done."""
 
-    stage: Literal["download", "quantize", "load", "warm up"]
+    stage: LoadingStage
     done: int
     total: int
 
 
-EngineMessage = (
-    Started | PromptLogprobs | Tokens | Failed | AdapterReply | AdapterEvent | Stats | Ready | Loading
-)
+EngineMessage = Started | PromptLogprobs | Tokens | Failed | AdapterReply | AdapterEvent | Stats | Ready | Loading

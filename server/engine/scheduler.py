@@ -7,9 +7,9 @@
 Every list is in rank order: protected sequences first, then by priority, then by arrival. A step decodes first, one
 token for each running sequence; what is left of the token budget goes to prompts, in chunks. A decode that finds no
 block takes those of the sequence with the last rank, which is recomputed later. Nobody starves: the first in rank is
-never preempted, a sequence preempted PROTECT_AFTER times ranks before all others, every OLDEST_EVERY-th admission
-goes to the oldest, whatever its priority, and one that waits for its adapters is overtaken PATIENCE times at most by
-others that use adapters (and could hold the memory that it needs).
+never preempted, a sequence preempted PROTECT_AFTER times ranks before all others, and every OLDEST_EVERY-th admission
+goes to the oldest, whatever its priority. A request whose adapters are not ready is passed over; whom `ready` lets in
+while others wait for room is the adapters' business.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorry.server.errors import AlreadyExists, InvalidField, LorryError, OutOfMe
 
 PROTECT_AFTER = 3
 OLDEST_EVERY = 8
-PATIENCE = 64
+MOST_UNREADY = 256  # passed over in one plan, which bounds its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class Residency(Protocol):
     """Where a lease's adapters are; all calls return at once."""
 
     def ready(self, lease: Lease) -> bool:
-        """Whether all of them are on the device; starts bringing them. Raises the LorryError that prevents it."""
+        """Whether the lease may be pinned now. Raises the LorryError that prevents it for good."""
         ...
 
     def pin(self, lease: Lease) -> None:
-        """Hold them on the device until `unpin`."""
+        """Hold the adapters on the device until `unpin`."""
         ...
 
     def unpin(self, lease: Lease) -> None: ...
@@ -69,9 +69,7 @@ def _rank(sequence: Sequence) -> tuple[bool, int, int, int]:
 class Scheduler:
     """Plans steps. Times are time.time(); nothing here waits, and nothing knows tensors."""
 
-    def __init__(
-        self, limits: Limits, allocator: BlockAllocator, index: PrefixIndex, residency: Residency
-    ) -> None:
+    def __init__(self, limits: Limits, allocator: BlockAllocator, index: PrefixIndex, residency: Residency) -> None:
         self.limits = limits
         self.allocator = allocator
         self.index = index
@@ -106,9 +104,7 @@ class Scheduler:
                 f"the prompt's {prompt} tokens need more than the {self.allocator.num_blocks} blocks there are"
             )
         if message.sampling.n > self.limits.max_running:
-            raise InvalidField(
-                f"n is {message.sampling.n}, at most {self.limits.max_running} sequences run", field="n"
-            )
+            raise InvalidField(f"n is {message.sampling.n}, at most {self.limits.max_running} sequences run", field="n")
         self.requests[request.id] = request
         sequence = Sequence(request, 0, BlockTable(self.allocator))
         request.sequences.append(sequence)
@@ -213,14 +209,12 @@ class Scheduler:
     def _admit(self, plan: Plan, now: float) -> Iterator[Sequence]:
         """Make waiting sequences run, one by one as they are asked for."""
         slots = self.limits.max_running - sum(sequence.width for sequence in self.running)
-        unready: set[object] = set()
-        passed: list[Sequence] = []
+        unready = 0
         for sequence in self._in_turn():
             request = sequence.request
-            adapters = request.namespace.adapters
-            if sequence.status is Status.RUNNING or adapters in unready:
+            if sequence.status is Status.RUNNING:
                 continue
-            if sequence.width > slots:
+            if sequence.width > slots or unready == MOST_UNREADY:
                 break
             try:
                 ready = request.lease is None or self.residency.ready(request.lease)
@@ -229,16 +223,11 @@ class Scheduler:
                 plan.failed.append((request, error))
                 continue
             if not ready:
-                unready.add(adapters)
-                passed.append(sequence)
-                continue
-            if request.lease is not None and any(other.overtaken >= PATIENCE for other in passed):
+                unready += 1
                 continue
             if not self._reserve(sequence):
                 break
             slots -= sequence.width
-            for other in passed:
-                other.overtaken += 1
             self._start(sequence, plan, now)
             yield sequence
 
@@ -251,6 +240,7 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Take blocks for all tokens that are known, the found ones shared; False when they are short."""
+        sequence.request.resolve()
         limit = sequence.length - 1  # the last token is always computed, its logits are wanted
         score_from = sequence.request.score_from
         if score_from is not None:

@@ -19,7 +19,12 @@ _keys = itertools.count()
 
 
 class Lease(Protocol):
-    """A request's hold on the revisions of its adapters."""
+    """A request's hold on its adapters."""
+
+    @property
+    def revisions(self) -> tuple[str, ...]:
+        """Of each adapter in the request's order; known when the lease is ready, fixed once it was pinned."""
+        ...
 
     @property
     def combo(self) -> Combo:
@@ -39,22 +44,18 @@ class Request:
 
     order: number of the request in this engine, by arrival
     lease: None for the base
-    adapters: as asked for, with revisions
+    adapters, namespace: of what the request runs on, with revisions; void before `resolve`
     pending: indices of sequences that are not born yet; the first sequence carries the prompt for all of them
     """
 
-    def __init__(
-        self, message: Generate, order: int, lease: Lease | None = None, adapters: tuple[AdapterRef, ...] = ()
-    ) -> None:
+    def __init__(self, message: Generate, order: int, lease: Lease | None = None) -> None:
         self.id = message.request_id
         self.message = message
         self.prompt = message.prompt_token_ids
         self.order = order
         self.lease = lease
-        self.adapters = adapters
-        self.namespace = Namespace(
-            tuple((ref.id, ref.revision or "", ref.weight) for ref in adapters), message.cache_salt
-        )
+        self.adapters: tuple[AdapterRef, ...] = ()
+        self.namespace = Namespace()
         self.combo: Combo = ()  # valid while a sequence runs
         self.pending = list(range(message.sampling.n))
         self.sequences: list[Sequence] = []
@@ -62,6 +63,17 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.scheduled: float | None = None  # time.time() of the first step
         self.prefilled: float | None = None  # time.time() of the first token
+
+    def resolve(self) -> None:
+        """Read the revisions of a lease that is ready."""
+        revisions = () if self.lease is None else self.lease.revisions
+        self.adapters = tuple(
+            AdapterRef(ref.id, ref.weight, revision)
+            for ref, revision in zip(self.message.adapters, revisions, strict=True)
+        )
+        self.namespace = Namespace(
+            tuple((ref.id, ref.revision or "", ref.weight) for ref in self.adapters), self.message.cache_salt
+        )
 
     @property
     def score_from(self) -> int | None:
@@ -96,7 +108,6 @@ class Sequence:
         "logprobs",
         "node",
         "output",
-        "overtaken",
         "preemptions",
         "registered",
         "request",
@@ -118,7 +129,6 @@ class Sequence:
         self.node: Node = request.namespace
         self.status = Status.WAITING
         self.preemptions = 0
-        self.overtaken = 0
         self.shown = 0
         self.row: Row | None = None
 

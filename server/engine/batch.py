@@ -1,0 +1,119 @@
+"""From a plan to the tensors of one step: all index arithmetic of the engine.
+
+For piece s with tokens [start, end) of its sequence, and t running over the flat batch:
+
+    cu_seqlens_q[s + 1] = cu_seqlens_q[s] + end - start
+    positions[t]        = start + t - cu_seqlens_q[s]
+    slot_mapping[t]     = block_table[s][positions[t] // 16] · 16 + positions[t] mod 16
+    kv_lens[s]          = end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from lorry.kernels.lora import Segments
+from lorry.server.cache.block_table import Copy
+from lorry.server.cache.blocks import BLOCK_SIZE, blocks_for
+from lorry.server.engine.plan import Piece
+from lorry.server.engine.sequence import Combo, Request
+from lorry.server.model.inputs import ModelInputs
+
+Runs = tuple[tuple[int, Combo], ...]  # (rows, combo) of adjacent rows, over the flat batch
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Prompt tokens whose log-probabilities this step yields; `logits_rows[row : row + len(targets)]` are theirs."""
+
+    request: Request
+    row: int
+    targets: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step.
+
+    deciding: pieces that reach the end of their sequence; piece i's logits are those of `inputs.logits_rows[i]`
+    scored: the rows behind them
+    """
+
+    inputs: ModelInputs
+    copies: tuple[Copy, ...]
+    pieces: tuple[Piece, ...]
+    deciding: tuple[Piece, ...]
+    scored: tuple[Scored, ...]
+
+
+def build_batch(pieces: Sequence[Piece], copies: Sequence[Copy], build_segments: Callable[[Runs], Segments]) -> Batch:
+    """Tensors for at least one piece, equal combos adjacent. `build_segments` is called if any piece has an adapter."""
+    count = len(pieces)
+    starts = np.fromiter((piece.start for piece in pieces), np.int64, count)
+    ends = np.fromiter((piece.end for piece in pieces), np.int64, count)
+    lengths = ends - starts
+    cu_seqlens = np.zeros(count + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    total = int(cu_seqlens[-1])
+
+    block_tables = np.zeros((count, blocks_for(int(ends.max()))), np.int32)
+    token_ids: list[int] = []
+    for s, piece in enumerate(pieces):
+        blocks = piece.sequence.table.row[: blocks_for(piece.end)]
+        block_tables[s, : len(blocks)] = blocks
+        token_ids += piece.sequence.tokens(piece.start, piece.end)
+
+    if total == count:
+        owners, positions = np.arange(count), starts
+    else:
+        owners = np.repeat(np.arange(count), lengths)
+        positions = np.arange(total) - (cu_seqlens[:-1] - starts)[owners]
+    slots = block_tables[owners, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+
+    lasts = cu_seqlens[1:].astype(np.int64) - 1
+    deciding = [s for s, piece in enumerate(pieces) if piece.end == piece.sequence.length]
+    rows = [lasts[deciding]]
+    scored, next_row = [], len(deciding)
+    for s, piece in enumerate(pieces):
+        targets = _scored_targets(piece)
+        if targets is not None:
+            prompt = piece.sequence.request.prompt
+            scored.append(Scored(piece.sequence.request, next_row, prompt[targets.start : targets.stop]))
+            rows.append(int(cu_seqlens[s]) + np.arange(targets.start, targets.stop) - 1 - piece.start)
+            next_row += len(targets)
+
+    runs = combo_runs(pieces)
+    inputs = ModelInputs(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        positions=torch.from_numpy(positions),
+        slot_mapping=torch.from_numpy(slots),
+        cu_seqlens_q=torch.from_numpy(cu_seqlens),
+        kv_lens=torch.from_numpy(ends.astype(np.int32)),
+        block_tables=torch.from_numpy(block_tables),
+        segments=build_segments(runs) if any(combo for _, combo in runs) else None,
+        logits_rows=torch.from_numpy(np.concatenate(rows) if len(rows) > 1 else rows[0]),
+    )
+    return Batch(inputs, tuple(copies), tuple(pieces), tuple(pieces[s] for s in deciding), tuple(scored))
+
+
+def combo_runs(pieces: Sequence[Piece]) -> Runs:
+    """Lengths of the runs of rows that share a combo, over the flat batch."""
+    return tuple(
+        (sum(piece.end - piece.start for piece in run), combo)
+        for combo, run in groupby(pieces, key=lambda piece: piece.sequence.request.combo)
+    )
+
+
+def _scored_targets(piece: Piece) -> range | None:
+    """Prompt positions whose log-probability this piece yields: those after each of its tokens, if they are wanted."""
+    request = piece.sequence.request
+    score_from = request.score_from
+    if score_from is None:
+        return None
+    targets = range(max(piece.start + 1, score_from), min(piece.end + 1, len(request.prompt)))
+    return targets if len(targets) > 0 else None

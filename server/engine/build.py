@@ -1,0 +1,132 @@
+"""From a loaded decoder and the configuration to an engine that is ready to run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorry.adapters.catalog import Catalog
+from lorry.adapters.manager import AdapterManager
+from lorry.adapters.pool import PagePool
+from lorry.adapters.segments import build_segments
+from lorry.kernels import native
+from lorry.server.cache.block_table import BlockTable
+from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator
+from lorry.server.cache.kv_cache import KVCache, block_bytes, choose_num_blocks
+from lorry.server.cache.prefix import PrefixIndex
+from lorry.server.config import EngineConfig
+from lorry.server.decoding.sampling import Sampling
+from lorry.server.engine.adapters import AdapterDesk
+from lorry.server.engine.batch import build_batch
+from lorry.server.engine.channel import Channel
+from lorry.server.engine.loop import Engine
+from lorry.server.engine.memory import free_memory
+from lorry.server.engine.messages import Generate, ModelInfo, SamplingParams, StoppingParams
+from lorry.server.engine.plan import Piece
+from lorry.server.engine.runner import Runner
+from lorry.server.engine.scheduler import Limits, Scheduler
+from lorry.server.engine.sequence import Request, Sequence
+from lorry.server.model.decoder import Decoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Types:
+    """Where and in which types the engine computes and stores."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    adapter_dtype: torch.dtype
+
+    @classmethod
+    def choose(cls, config: EngineConfig) -> Types:
+        """Resolve every "auto": CUDA where there is one; activations in float32 on the CPU; the rest in bfloat16."""
+        name = config.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
+        computing = torch.float32 if device.type == "cpu" else torch.bfloat16
+        return cls(
+            device,
+            _dtype(config.dtype, computing),
+            _dtype(config.kv_dtype, torch.bfloat16),
+            _dtype(config.adapter_dtype, torch.bfloat16),
+        )
+
+
+def _dtype(name: str, auto: torch.dtype) -> torch.dtype:
+    named = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return named[name]
+
+
+def build_engine(config: EngineConfig, types: Types, decoder: Decoder, channel: Channel) -> Engine:
+    """Allocate the adapters' pages, then the KV cache from what is left, and put the parts together."""
+    model = decoder.config
+    pool = PagePool(decoder.layout, config.adapter_memory, types.adapter_dtype, types.device)
+    roots = tuple(Path(root) for root in config.adapter_roots)
+    folder = None if config.adapters_dir is None else Path(config.adapters_dir)
+    desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool))
+
+    num_blocks = choose_num_blocks(
+        block_bytes(model.layers, model.kv_heads, model.head_dim, types.kv_dtype),
+        config.kv_memory,
+        free_memory(types.device),
+        config.max_running,
+        model.context_length,
+    )
+    kv = KVCache(model.layers, model.kv_heads, model.head_dim, num_blocks, types.kv_dtype, types.device)
+    context_length = min(model.context_length, num_blocks * BLOCK_SIZE)
+    if context_length < model.context_length:
+        log.warning("the KV cache holds %d tokens, less than the context of %d", context_length, model.context_length)
+    allocator = BlockAllocator(num_blocks)
+    limits = Limits(config.max_running, config.token_budget, context_length)
+    scheduler = Scheduler(limits, allocator, PrefixIndex(allocator), desk)
+    runner = Runner(decoder, kv, pool.pages)
+    return Engine(channel, scheduler, runner, Sampling(), desk, model.eos_token_ids, debug_checks=config.debug_checks)
+
+
+def warm_up(engine: Engine) -> None:
+    """Run one prompt of a few blocks and one single token, so that the first request finds everything compiled."""
+    limit = min(3 * BLOCK_SIZE, engine.scheduler.limits.context_length)
+    for length in (limit, 1):
+        message = Generate("", [0] * length, SamplingParams(), StoppingParams(1))
+        sequence = Sequence(Request(message, 0), 0, BlockTable(engine.scheduler.allocator))
+        sequence.table.prepare(0, length)
+        engine.runner.forward(build_batch([Piece(sequence, 0, length)], [], build_segments))
+        sequence.table.release()
+
+
+def describe(config: EngineConfig, types: Types, engine: Engine) -> ModelInfo:
+    """What is served, measured on the loaded model; never a host path."""
+    decoder, kv = engine.runner.decoder, engine.runner.kv
+    model = decoder.config
+    reference = types.device.type == "cpu" and native.library() is None
+    return ModelInfo(
+        name=Path(config.model).name,
+        architecture=model.architecture,
+        parameters=decoder.parameters,
+        layers=model.layers,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        context_length=engine.scheduler.limits.context_length,
+        eos_token_ids=model.eos_token_ids,
+        dtype=_name(types.dtype),
+        kv_dtype=_name(types.kv_dtype),
+        adapter_dtype=_name(types.adapter_dtype),
+        device=types.device.type,
+        bits_per_linear_weight=decoder.bits_per_linear_weight,
+        weight_bytes=decoder.weight_bytes,
+        kv_blocks=kv.num_blocks,
+        block_size=BLOCK_SIZE,
+        adapter_pages=engine.adapters.manager.pool.pages_total,
+        kernels="reference" if reference else "native" if types.device.type == "cpu" else "triton",
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,179 @@
+"""The engine: plan → forward → commit, until told to stop. One thread; commands take effect between two steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import lru_cache
+
+from lorry.adapters.segments import build_segments
+from lorry.server.decoding.interface import Strategy
+from lorry.server.engine.adapters import AdapterDesk
+from lorry.server.engine.batch import Batch, build_batch
+from lorry.server.engine.channel import Channel
+from lorry.server.engine.commit import Committer, failed
+from lorry.server.engine.messages import (
+    Abort,
+    Command,
+    EngineMessage,
+    FinishReason,
+    Generate,
+    Shutdown,
+    Started,
+)
+from lorry.server.engine.plan import Plan
+from lorry.server.engine.report import Report
+from lorry.server.engine.runner import Output, Runner
+from lorry.server.engine.scheduler import Scheduler
+from lorry.server.engine.sequence import Request
+from lorry.server.errors import DeadlineExceeded, LorryError
+
+log = logging.getLogger(__name__)
+
+BLOCKED_POLL = 0.002  # seconds between two looks while requests wait for adapters or adapters for the disk
+IDLE_POLL = 1.0
+MAX_FAULTS = 3  # steps in a row that fail whole before the engine gives up
+
+
+class Engine:
+    """Requests in, tokens out. `clock` is time.time but in tests."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        scheduler: Scheduler,
+        runner: Runner,
+        strategy: Strategy,
+        adapters: AdapterDesk,
+        eos_token_ids: tuple[int, ...],
+        *,
+        debug_checks: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.channel = channel
+        self.scheduler = scheduler
+        self.runner = runner
+        self.adapters = adapters
+        self.report = Report(scheduler)
+        self.outbox: list[EngineMessage] = []
+        self.committer = Committer(scheduler, runner, strategy, eos_token_ids, self.outbox)
+        self.clock = clock
+        self.stopped = False
+        self._debug_checks = debug_checks
+        self._build_segments = lru_cache(maxsize=16)(build_segments)
+        self._orders = 0
+        self._faults = 0
+
+    def run(self) -> None:
+        """Step until Shutdown."""
+        while not self.stopped:
+            if not self.step():
+                self._idle()
+
+    def step(self, wait: float = 0.0) -> bool:
+        """One plan → forward → commit; False when there was nothing to run. Waits `wait` seconds for commands."""
+        for command in self.channel.receive(wait):
+            self._obey(command)
+        self.adapters.poll(self.report, self.outbox)
+        self._expire(self.clock())
+        plan = self.scheduler.plan(self.clock())
+        self._announce(plan)
+        for batch, output in self._forward(plan):
+            self.committer.commit(batch, output, self.clock())
+        self._send()
+        return bool(plan.pieces)
+
+    def _forward(self, plan: Plan) -> list[tuple[Batch, Output]]:
+        """Run the plan as one batch. If that fails, run each piece alone and end the requests of those that fail."""
+        if not plan.pieces:
+            return []
+        try:
+            batch = build_batch(plan.pieces, plan.copies, self._build_segments)
+            return [(batch, self.runner.forward(batch))]
+        except Exception:
+            log.exception("a step of %d pieces failed, running them one by one", len(plan.pieces))
+        self.runner.kv.copy_blocks(plan.copies)
+        done = []
+        for piece in plan.pieces:
+            if piece.sequence not in piece.sequence.request.live:
+                continue
+            try:
+                batch = build_batch([piece], [], self._build_segments)
+                done.append((batch, self.runner.forward(batch)))
+            except Exception:
+                self.committer.fault(piece.sequence.request)
+        self._faults = 0 if done else self._faults + 1
+        if self._faults >= MAX_FAULTS:
+            raise RuntimeError(f"{self._faults} steps in a row failed whole")
+        return [(batch, output) for batch, output in done if batch.pieces[0].sequence.table.blocks]
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Generate():
+                self._submit(command)
+            case Abort():
+                if request := self.scheduler.requests.get(command.request_id):
+                    self.committer.abort(request, command.index, self.clock())
+            case Shutdown():
+                self.stopped = True
+            case _:
+                self.adapters.obey(command, self.outbox)
+
+    def _submit(self, command: Generate) -> None:
+        try:
+            lease = self.adapters.request(command.adapters)
+            self._orders += 1
+            try:
+                self.scheduler.add(Request(command, self._orders, lease))
+            except LorryError:
+                if lease is not None:
+                    self.adapters.release(lease)
+                raise
+        except LorryError as error:
+            self.outbox.append(failed(command.request_id, error))
+
+    def _expire(self, now: float) -> None:
+        for request, soft in self.scheduler.due(now):
+            if soft:
+                self.committer.finish_request(request, FinishReason.TIME_LIMIT, now)
+            else:
+                self.committer.fail(request, DeadlineExceeded("the deadline passed"))
+
+    def _announce(self, plan: Plan) -> None:
+        for request, error in plan.failed:
+            self.outbox.append(failed(request.id, error))
+        for request in plan.started:
+            started = Started(request.id, len(request.prompt), request.cached_tokens, request.adapters)
+            self.outbox.append(started)
+            self.report.queue_seconds.append(max(0.0, (request.scheduled or 0.0) - request.message.arrival))
+
+    def _send(self, idle: bool = False) -> None:
+        now = self.clock()
+        if idle or self.report.due(now):
+            self.adapters.measure(self.report)
+            if stats := self.report.stats(now):
+                self.outbox.append(stats)
+        if self.outbox:
+            self.channel.send(self.outbox)
+            self.outbox.clear()
+
+    def _idle(self) -> None:
+        """Nothing can run: sleep until a command, an alarm or an adapter."""
+        if self.stopped:
+            return
+        if self._debug_checks:
+            self.check()
+        if self.scheduler.waiting or self.adapters.busy:
+            timeout = BLOCKED_POLL
+        else:
+            self._send(idle=True)
+            timeout = IDLE_POLL
+        if self.scheduler.next_alarm is not None:
+            timeout = min(timeout, max(0.0, self.scheduler.next_alarm - self.clock()))
+        self.step(timeout)
+
+    def check(self) -> None:
+        """Prove the invariants of everything that allocates."""
+        self.scheduler.check()
+        self.adapters.check()

@@ -1,0 +1,118 @@
+"""The engine's process: `python -m lorry.server.engine.process --socket ipc://…`, an EngineConfig as JSON on stdin.
+
+Load the model, say how far it is, say Ready, run until Shutdown (exit 0). It logs to stderr, opens no other socket, and
+goes when its parent goes. SIGINT and SIGTERM are left to the parent, which drains and then sends Shutdown: a terminal
+or a service manager sends them to both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from lorry.kernels import native
+from lorry.server.config import EngineConfig, engine_config_from_json
+from lorry.server.engine.build import Types, build_engine, describe, warm_up
+from lorry.server.engine.channel import SocketChannel
+from lorry.server.engine.memory import processors
+from lorry.server.engine.messages import Loading, LoadingStage, Ready
+from lorry.server.errors import LorryError
+from lorry.server.model.load import load_model
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+PROGRESS_INTERVAL = 0.05  # seconds between two Loading of one stage
+EXIT_REFUSED = 2  # the configuration or the model is refused: starting again changes nothing
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 after Shutdown, EXIT_REFUSED for what cannot be served; a bug ends in 1."""
+    parser = argparse.ArgumentParser(prog="lorry-engine", description="The engine process of a Lorry server.")
+    parser.add_argument("--socket", required=True, help="ipc:// address that the frontend has bound")
+    address = parser.parse_args(arguments).socket
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    _follow_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    config = engine_config_from_json(sys.stdin.buffer.read())
+    channel = SocketChannel(address)
+    try:
+        _serve(config, channel)
+    except LorryError as error:
+        log.error("%s: %s", error.kind, error.message)
+        return EXIT_REFUSED
+    except Exception:
+        log.exception("fault %s ends the engine", uuid.uuid4().hex[:12])
+        return 1
+    finally:
+        channel.close()
+    return 0
+
+
+def _serve(config: EngineConfig, channel: SocketChannel) -> None:
+    torch.set_num_threads(config.threads or processors())
+    torch.manual_seed(config.seed)
+    types = Types.choose(config)
+    progress = _Progress(channel)
+    with torch.inference_mode():
+        decoder = load_model(
+            config.model,
+            device=types.device,
+            dtype=types.dtype,
+            context_length=config.context_length,
+            progress=progress,
+        )
+        progress("warm up", 0, 3)
+        if types.device.type == "cpu":
+            native.library()
+        progress("warm up", 1, 3)
+        engine = build_engine(config, types, decoder, channel)
+        progress("warm up", 2, 3)
+        warm_up(engine)
+        progress("warm up", 3, 3)
+        channel.send([Ready(describe(config, types, engine), os.getpid())])
+        engine.run()
+
+
+class _Progress:
+    """Loading messages, the last one of a stage always, others at most every PROGRESS_INTERVAL."""
+
+    def __init__(self, channel: SocketChannel) -> None:
+        self._channel = channel
+        self._next = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done in (0, total) or now >= self._next:
+            self._next = now + PROGRESS_INTERVAL
+            self._channel.send([Loading(cast(LoadingStage, stage), done, total)])
+
+
+def _follow_parent() -> None:
+    """Die with the parent: at once where the kernel offers it (Linux), else within a second."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
