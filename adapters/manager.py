@@ -172,7 +172,6 @@ class AdapterManager:
         taken.evictions, self._library.residency.evictions = self._library.residency.evictions, 0
         return taken
 
-    @property
     def loaded(self) -> int:
         """Adapters on the device."""
         return len(self._library.residency.by_slot)
