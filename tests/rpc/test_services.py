@@ -126,13 +126,23 @@ async def test_lost_client_closes_the_handle(frontend: Any, server: Any) -> None
     assert call.done()
 
 
-async def test_deadline_closes_the_handle_and_is_counted(frontend: Any, generation: Any) -> None:
+async def test_deadline_closes_the_handle_and_is_counted(frontend: Any, generation: Any, helpers: Any) -> None:
     call = generation.GenerateStream(stream_request(), timeout=0.3)
     handle = await frontend.handles.get()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     await asyncio.wait_for(handle.closed.wait(), 2)
+    counted = 'code="DEADLINE_EXCEEDED",method="/lorry.v1.GenerationService/GenerateStream"} 1.0'
+    await helpers.soon(lambda: counted in frontend.metrics.page().decode())
+
+
+async def test_a_cancelled_call_is_counted(frontend: Any, generation: Any, helpers: Any) -> None:
+    call = generation.GenerateStream(stream_request())
+    await frontend.handles.get()
+    call.cancel()
+    counted = 'code="CANCELLED",method="/lorry.v1.GenerationService/GenerateStream"} 1.0'
+    await helpers.soon(lambda: counted in frontend.metrics.page().decode())
 
 
 async def test_stalled_reader_holds_back_the_stream(frontend: Any, generation: Any) -> None:
