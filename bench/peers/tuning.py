@@ -1,0 +1,63 @@
+"""Each peer at its best: every setting that may be the fastest here is tried once, the best of each workload kept.
+
+The choice is remembered in the benchmark's folder until machine, environment or workloads change (or `--retune`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peers.client import Peer, PeerFailed
+
+CANDIDATES: dict[str, list[dict[str, Any]]] = {
+    "vllm_cpu": [
+        {"dtype": dtype, "compile": compiled, "threads": threads}
+        for dtype in ("float32", "bfloat16")
+        for compiled in (False, True)
+        for threads in ("auto", "nobind")
+    ],
+    "hf_peft": [
+        {"dtype": dtype, "attention": attention} for dtype in ("float32", "bfloat16") for attention in ("sdpa", "eager")
+    ],
+}
+
+
+def tuned(
+    name: str,
+    key: str,
+    start: Callable[[dict[str, Any]], Peer],
+    works: dict[str, dict[str, Any]],
+    memory: Path,
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """The fastest candidate for each of `works`, which need workers of one kind (with or without adapters).
+
+    key: what the choice depends on beside the candidates; start: a worker with a candidate's settings
+    Raises PeerFailed when no candidate runs.
+    """
+    known: dict[str, Any] = json.loads(memory.read_text()) if memory.exists() else {}
+    place = f"{name} {key} {sorted(works)}"
+    if place not in known:
+        speeds: dict[str, list[tuple[float, dict[str, Any]]]] = {work: [] for work in works}
+        failure = ""
+        for candidate in CANDIDATES[name]:
+            try:
+                with start(candidate) as peer:
+                    for work, content in works.items():
+                        peer.run(content)
+                        speeds[work].append((peer.run(content).tokens_per_second, candidate))
+            except PeerFailed as error:
+                failure = str(error)
+                say(f"{name} {candidate}: does not run here")
+                continue
+            found = ", ".join(f"{work} {tried[-1][0]:.1f}" for work, tried in speeds.items())
+            say(f"{name} {candidate}: {found} tokens/s")
+        if any(not tried for tried in speeds.values()):
+            raise PeerFailed(failure)
+        known[place] = {work: max(tried, key=lambda pair: pair[0])[1] for work, tried in speeds.items()}
+        memory.write_text(json.dumps(known, indent=1))
+    choice: dict[str, dict[str, Any]] = known[place]
+    return choice
