@@ -49,13 +49,13 @@ def tiny_model(model_type: str, dtype: torch.dtype, **shape: Any) -> PreTrainedM
     return model
 
 
-def nf4_round(weight: Tensor) -> Tensor:
-    """What bitsandbytes makes of a weight: quantize with double quantization, then dequantize.
+def nf4_round(weight: Tensor, double: bool = True) -> Tensor:
+    """What bitsandbytes makes of a weight: quantize, with double quantization or without, then dequantize.
 
     Flat, because its CPU kernel dequantizes rows whose length is even but no multiple of 64 wrongly.
     """
     flat = weight.detach().reshape(-1)
-    packed, state = bnb.quantize_4bit(flat, quant_type="nf4", compress_statistics=True)
+    packed, state = bnb.quantize_4bit(flat, quant_type="nf4", compress_statistics=double)
     rounded: Tensor = bnb.dequantize_4bit(packed, state)
     return rounded.view(weight.shape)
 
