@@ -124,7 +124,7 @@ class AdapterDesk:
     def measure(self, report: Report) -> None:
         """The gauges, when they are about to be sent."""
         report.adapter_pages = self.manager.pool.pages_used, self.manager.pool.pages_total
-        report.adapters_loaded = self.manager.loaded
+        report.adapters_loaded = self.manager.loaded()
 
     def check(self) -> None:
         self.manager.check()

@@ -29,6 +29,7 @@ from lorry.server.engine.memory import processors
 from lorry.server.engine.messages import Loading, LoadingStage, Ready
 from lorry.server.errors import LorryError
 from lorry.server.model.load import load_model
+from lorry.server.model.store import resolve_model
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ def _serve(config: EngineConfig, channel: SocketChannel) -> None:
         progress("warm up", 2, 3)
         warm_up(engine)
         progress("warm up", 3, 3)
-        channel.send([Ready(describe(config, types, engine), os.getpid())])
+        folder = str(resolve_model(config.model))
+        channel.send([Ready(describe(config, types, engine), os.getpid(), folder)])
         engine.run()
 
 
