@@ -73,7 +73,7 @@ class Server:
 @contextlib.contextmanager
 def serve(adapters, *options):
     command = [sys.executable, "-m", "lorry.server.cli", "serve", "--port", "0", "--metrics-port", "0"]
-    command += ["--adapters", str(adapters), *options]
+    command += ["--adapters", str(adapters), "--kv-memory", "256MiB", "--log-level", "warning", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
