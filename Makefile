@@ -42,7 +42,7 @@ settings: $(VENV)/.dev ## Rewrite the table of settings in README.md
 	$(BIN)/python docs/settings.py
 
 bench: $(VENV)/.bench ## Measure against vLLM and PEFT, write bench/results/serve-cpu.json
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/compare.py
 
 train-examples: $(VENV)/.dev ## Train the adapters under examples/adapters again (some minutes each)
 	bash examples/train_all.sh $(BIN)/python

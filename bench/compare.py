@@ -17,7 +17,7 @@ import platform
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -52,6 +52,8 @@ AGREEING_TOKENS = 4
 
 console = Console()
 
+Measure = Callable[[str, Workload], tuple[float, list[list[int]]]]  # tokens per second, answers
+
 
 @dataclass
 class System:
@@ -79,7 +81,7 @@ def work_of(workload: Workload, vocabulary: int) -> dict[str, Any]:
 
 
 def start_peers(
-    name: str, python: Path, common: dict[str, Any], works: dict[str, Any], root: Path, stack: ExitStack
+    name: str, python: Path, common: dict[str, Any], vocabulary: int, root: Path, stack: ExitStack
 ) -> tuple[System, dict[str, Peer]]:
     """A worker for each workload in its best setting; workloads with equal settings share one."""
     system, workers, by_settings = System(), dict[str, Peer](), dict[str, Peer]()
@@ -91,7 +93,8 @@ def start_peers(
         def start(candidate: dict[str, Any], settings: dict[str, Any] = settings) -> Peer:
             return Peer(name, python, {**settings, **candidate}, root / f"{name}.log")
 
-        trial = {key: {**works[key], "new_tokens": 16} for key in keys}
+        short = {key: replace(WORKLOADS[key], new_tokens=16) for key in keys}
+        trial = {key: (work_of(w, vocabulary), work_of(w.again(1), vocabulary)) for key, w in short.items()}
         key = f"{cpu_name()} {psutil.cpu_count(logical=False)} {ENVIRONMENTS[name].packages}"
         best = tuned(name, key, start, trial, root / "tuned.json", lambda text: console.print(f"  [dim]{text}"))
         for work, candidate in best.items():
@@ -186,7 +189,6 @@ def main(
     base = export_base(DEFAULT_MODEL, root)
     folder = write_adapters(base, root, ADAPTERS, RANK)
     vocabulary = int(json.loads((base / "config.json").read_text())["vocab_size"])
-    works = {key: work_of(workload, vocabulary) for key, workload in WORKLOADS.items()}
     common = {
         "base": str(base),
         "adapters": str(folder),
@@ -208,28 +210,28 @@ def main(
             try:
                 console.print(f"{name}: environment and best setting")
                 python = given[name] or environment.python()
-                systems[name], workers[name] = start_peers(name, python, common, works, root, stack)
+                systems[name], workers[name] = start_peers(name, python, common, vocabulary, root, stack)
             except (Unavailable, PeerFailed) as error:
                 systems[name].absent = str(error)
                 console.print(f"[yellow]{name} is not measured: {error}")
         target = stack.enter_context(lorry_server(DEFAULT_MODEL, folder, root / "lorry.log"))
 
-        def ours(key: str) -> tuple[float, list[list[int]]]:
-            times = measure(target, WORKLOADS[key], f"lorry {key}")
+        def ours(key: str, workload: Workload) -> tuple[float, list[list[int]]]:
+            times = measure(target, workload, f"lorry {key}")
             return summarize(times).output_tokens_per_second, [t.token_ids for t in times]
 
-        def theirs(name: str, key: str) -> tuple[float, list[list[int]]]:
-            answer = workers[name][key].run(works[key])
+        def theirs(name: str, key: str, workload: Workload) -> tuple[float, list[list[int]]]:
+            answer = workers[name][key].run(work_of(workload, vocabulary))
             return answer.tokens_per_second, answer.outputs
 
-        measures: dict[str, Callable[[str], tuple[float, list[list[int]]]]] = {
+        measures: dict[str, Measure] = {
             "lorry": ours,
             **{name: partial(theirs, name) for name in workers},
         }
         for round_ in range(-1, repeats):  # the first one warms up
-            for key in WORKLOADS:
+            for key, workload in WORKLOADS.items():
                 for name in rotated(list(measures), round_):
-                    speed, answers = measures[name](key)
+                    speed, answers = measures[name](key, workload.again(round_ + 1))
                     console.print(f"[dim]{'warm-up' if round_ < 0 else round_ + 1} {key} {name}: {speed:.1f}")
                     systems[name].answers[key] = answers
                     if round_ >= 0:

@@ -32,7 +32,7 @@ def vocab_size(target: str) -> int:
     """Of the model that the server serves."""
     with grpc.insecure_channel(target) as channel:
         stub = control_pb2_grpc.ControlServiceStub(channel)
-        return int(stub.GetModelInfo(control_pb2.GetModelInfoRequest()).model.vocab_size)
+        return int(stub.GetModelInfo(control_pb2.GetModelInfoRequest()).vocab_size)
 
 
 def measure(target: str, workload: Workload, title: str = "") -> list[RequestTimes]:
@@ -91,7 +91,7 @@ def main(
     root = bench_folder()
     with nullcontext(target) if target else _own(model, root, adapters, rank, server_option or []) as address:
         measure(address, workload, "warming up")
-        runs = [measure(address, workload, f"run {i + 1} of {repeats}") for i in range(repeats)]
+        runs = [measure(address, workload.again(i + 1), f"run {i + 1} of {repeats}") for i in range(repeats)]
     reports = sorted(map(summarize, runs), key=lambda report: report.output_tokens_per_second)
     result = {"workload": asdict(workload), "runs": [asdict(report) for report in reports]}
     if output:

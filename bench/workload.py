@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +56,10 @@ class Workload:
     popularity: Popularity = "uniform"
     rate: float | None = None
     seed: int = 0
+
+    def again(self, times: int) -> Workload:
+        """The same with other prompts, so that no cache of prefixes helps the second time."""
+        return replace(self, seed=self.seed + times)
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
         """Random token ids, `requests` × `prompt_tokens`, all different from each other."""

@@ -29,12 +29,13 @@ def tuned(
     name: str,
     key: str,
     start: Callable[[dict[str, Any]], Peer],
-    works: dict[str, dict[str, Any]],
+    works: dict[str, tuple[dict[str, Any], dict[str, Any]]],
     memory: Path,
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """The fastest candidate for each of `works`, which need workers of one kind (with or without adapters).
 
+    Each work comes twice, with different prompts: one to warm up with, one to be timed.
     key: what the choice depends on beside the candidates; start: a worker with a candidate's settings
     Raises PeerFailed when no candidate runs.
     """
@@ -46,9 +47,9 @@ def tuned(
         for candidate in CANDIDATES[name]:
             try:
                 with start(candidate) as peer:
-                    for work, content in works.items():
-                        peer.run(content)
-                        speeds[work].append((peer.run(content).tokens_per_second, candidate))
+                    for work, (warming, timed) in works.items():
+                        peer.run(warming)
+                        speeds[work].append((peer.run(timed).tokens_per_second, candidate))
             except PeerFailed as error:
                 failure = str(error)
                 say(f"{name} {candidate}: does not run here")
