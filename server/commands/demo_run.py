@@ -174,7 +174,7 @@ def _report(console: Console, shown: Round, measured: Round, alone: Round) -> No
         f"{speed / streams:.0f} a stream; one alone: {solo:.0f} tokens/s",
         f"in one batch: GetLoad said {max(shown.most_running, measured.most_running)} sequences running",
     ):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     running = max(shown.most_running, measured.most_running)
     if running < streams:
         raise DemoFailed(f"{streams} streams, but at most {running} shared a batch")
