@@ -1,11 +1,14 @@
 """Scatter of new keys and values into the paged KV cache.
 
-    k_cache[slot // B, :, slot % B] = k[t],  v_cache likewise,  slot = slot_mapping[t],  slot -1: skipped
+k_cache[slot // B, :, slot % B] = k[t],  v_cache likewise,  slot = slot_mapping[t],  slot -1: skipped
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from lorry.kernels import native
 
 
 def kv_store_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -23,6 +26,43 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
     k, v: [T, Hk, D], strided views allowed (last dimension contiguous); caches: [num_blocks, Hk, B, D] in the
     KV dtype, to which values are rounded; slot_mapping: int64 [T], block * B + offset, or -1 to skip the row.
-    Two rows of one call must not share a slot.
+    Two rows of one call must not share a slot. Raises IndexError for a slot outside the caches.
     """
-    kv_store_reference(k, v, k_cache, v_cache, slot_mapping)
+    library = native.library()
+    if library is None or not _fits(k, v, k_cache, v_cache):
+        kv_store_reference(k, v, k_cache, v_cache, slot_mapping)
+        return
+    blocks, heads, block_size, width = k_cache.shape
+    status = library.kv_store(
+        k.data_ptr(),
+        k.stride(0),
+        k.stride(1),
+        v.data_ptr(),
+        v.stride(0),
+        v.stride(1),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        native.ELEMENT_TYPES[k_cache.dtype],
+        blocks,
+        heads,
+        block_size,
+        width,
+        slot_mapping.contiguous().data_ptr(),
+        k.shape[0],
+    )
+    if status:
+        raise IndexError(f"slot_mapping must lie in -1..{blocks * block_size - 1}")
+
+
+def _fits(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    return (
+        k.dtype is torch.float32
+        and v.dtype is torch.float32
+        and k.device.type == "cpu"
+        and k.stride(2) == 1
+        and v.stride(2) == 1
+        and k_cache.dtype is v_cache.dtype
+        and k_cache.dtype in native.ELEMENT_TYPES
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+    )

@@ -1,6 +1,6 @@
 """Product with dense 16- or 32-bit weights (language-model head) and rows of them (token embedding).
 
-    y = x @ W.T (+ bias), float32 accumulation;   embedding[t] = W[token_ids[t]]
+y = x @ W.T (+ bias), float32 accumulation;   embedding[t] = W[token_ids[t]]
 """
 
 from __future__ import annotations

@@ -9,9 +9,14 @@ Source: LoRA (arXiv:2106.09685); segments as in Punica (arXiv:2310.18547).
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 from torch import Tensor
+
+from lorry.kernels import native
 
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PAGE_RANK = 16
@@ -87,4 +92,53 @@ def lora_add(
     In place. y: [M, sum of N]; x: [M, K], shared by all sites of one call: (q, k, v), (o,), (gate, up) or
     (down,). Rows of no segment and rows whose slots are all -1 stay untouched.
     """
-    lora_add_reference(y, x, pages, layer, sites, segments)
+    library = native.library()
+    if library is None or not _fits(y, x, pages, segments):
+        lora_add_reference(y, x, pages, layer, sites, segments)
+        return
+    _, layers, site_count, max_pages = pages.offsets.shape
+    first = layer * site_count
+    status = library.lora_add(
+        y.data_ptr(),
+        y.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[1],
+        pages.arena.data_ptr(),
+        native.ELEMENT_TYPES[pages.arena.dtype],
+        pages.offsets.data_ptr() + 8 * first * max_pages,
+        pages.scaling.data_ptr() + 4 * first,
+        layers * site_count,
+        max_pages,
+        _site_table(sites),
+        len(sites),
+        segments.starts.data_ptr(),
+        segments.slots.data_ptr(),
+        segments.weights.data_ptr(),
+        segments.slots.shape[0],
+        segments.slots.shape[1],
+    )
+    native.check(status)
+
+
+@lru_cache(maxsize=256)
+def _site_table(sites: tuple[Site, ...]) -> ctypes.Array[ctypes.c_int64]:
+    values = [value for site in sites for value in (site.index, site.start, site.size)]
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _fits(y: Tensor, x: Tensor, pages: AdapterPages, segments: Segments) -> bool:
+    return (
+        y.dtype is torch.float32
+        and x.dtype is torch.float32
+        and y.device.type == "cpu"
+        and y.stride(1) == 1
+        and x.stride(1) == 1
+        and pages.arena.dtype in native.ELEMENT_TYPES
+        and pages.arena.is_contiguous()
+        and pages.offsets.is_contiguous()
+        and pages.scaling.is_contiguous()
+        and segments.starts.is_contiguous()
+        and segments.slots.is_contiguous()
+        and segments.weights.is_contiguous()
+    )

@@ -39,6 +39,21 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[type]] = {
     "linear_forward": [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT],
     "linear_rows": [_POINTER, _POINTER, _INT, _POINTER],
+    "rms_norm": [_POINTER, *[_INT] * 5, _POINTER, _FLOAT, _POINTER, _INT, _POINTER],
+    "rope": [_POINTER, *[_INT] * 3, _POINTER, *[_INT] * 4, _POINTER, _INT, _POINTER, _INT],
+    "silu_mul": [_POINTER, *[_INT] * 3, _POINTER],
+    "kv_store": [
+        *(_POINTER, _INT, _INT, _POINTER, _INT, _INT),
+        *(_POINTER, _POINTER, *[_INT] * 5, _POINTER, _INT),
+    ],
+    "paged_attention": [
+        *(_POINTER, *[_INT] * 5, _POINTER, _POINTER, _INT),
+        *(_POINTER, _INT, _POINTER, _POINTER, _INT, _FLOAT, _INT, _POINTER),
+    ],
+    "lora_add": [
+        *(_POINTER, _INT, _POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
+        *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
+    ],
 }
 
 
@@ -86,7 +101,9 @@ def library() -> ctypes.CDLL | None:
         return load(build())
     except NativeError as error:
         warnings.warn(
-            f"Lorry's CPU kernels are not available, the slower torch path serves: {error}", RuntimeWarning, stacklevel=2
+            f"Lorry's CPU kernels are not available, the slower torch path serves: {error}",
+            RuntimeWarning,
+            stacklevel=2,
         )
         return None
 
@@ -104,8 +121,8 @@ def build(extra_flags: tuple[str, ...] = (), folder: Path | None = None) -> Path
     for item in (*flags, _run([compiler, "--version"]), _processor()):
         digest.update(item.encode() + b"\0")
     sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
-    for path in sources:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for source in sources:
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     folder = folder or cache_folder()
     target = folder / f"{digest.hexdigest()[:32]}.so"
     if target.exists():

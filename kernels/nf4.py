@@ -159,9 +159,7 @@ def quantize(
     offset = absmax.mean()
     codes, nested_absmax = _quantize_absmax(absmax - offset)
     nested_code = dynamic_map().to(weight.device)
-    return NF4Weight(
-        packed, codes, shape, blocksize, nested_absmax, nested_code, float(offset), dtype=dtype, code=code
-    )
+    return NF4Weight(packed, codes, shape, blocksize, nested_absmax, nested_code, float(offset), dtype=dtype, code=code)
 
 
 def _quantize_flat(flat: Tensor, blocksize: int, packed: Tensor, absmax: Tensor) -> None:

@@ -22,6 +22,7 @@ from lorry.kernels import native, nf4
 from lorry.kernels.nf4 import NF4Weight
 
 TILE = 16  # output columns that lie side by side in memory
+NESTED_SPAN = 32  # nested groups that one tile may touch, and the padding behind the last
 KIND = 3  # enum kind of csrc/linear.c
 
 
@@ -87,6 +88,7 @@ def _fits(part: NF4Weight) -> bool:
         and part.shape[0] % TILE == 0
         and part.shape[0] * part.shape[1] // part.blocksize < 2**31
         and size & (size - 1) == 0
+        and (TILE - 1) * part.shape[1] // part.blocksize // size < NESTED_SPAN - 1
     )
 
 
@@ -95,14 +97,17 @@ def _permuted(part: NF4Weight) -> NF4Weight:
     rows, columns = part.shape
     words = part.packed.view(rows // TILE, TILE, columns // 8, 4).transpose(1, 2)
     absmax = part.absmax.view(rows // TILE, TILE, columns // part.blocksize).transpose(1, 2)
-    return replace(part, packed=words.flatten().contiguous(), absmax=absmax.flatten().contiguous())
+    nested = part.nested_absmax
+    if nested is not None:
+        nested = torch.nn.functional.pad(nested, (0, NESTED_SPAN))[: nested.numel()]
+    return replace(part, packed=words.flatten(), absmax=absmax.flatten(), nested_absmax=nested)
 
 
 def _unpermuted(part: NF4Weight) -> NF4Weight:
     rows, columns = part.shape
     words = part.packed.view(rows // TILE, columns // 8, TILE, 4).transpose(1, 2)
     absmax = part.absmax.view(rows // TILE, columns // part.blocksize, TILE).transpose(1, 2)
-    return replace(part, packed=words.flatten().contiguous(), absmax=absmax.flatten().contiguous())
+    return replace(part, packed=words.flatten(), absmax=absmax.flatten())
 
 
 def _describe(part: NF4Weight) -> native.Part:
@@ -143,8 +148,6 @@ def nf4_linear(x: Tensor, weight: NF4Linear, out: Tensor | None = None) -> Tenso
         out = torch.empty(rows, weight.out_features)
     elif out.shape != (rows, weight.out_features) or out.stride(1) != 1 or out.dtype is not torch.float32:
         raise ValueError(f"out must be float32 [{rows}, {weight.out_features}] with contiguous rows")
-    status = library.linear_forward(
-        weight.plan, x.data_ptr(), rows, x.stride(0), out.data_ptr(), out.stride(0)
-    )
+    status = library.linear_forward(weight.plan, x.data_ptr(), rows, x.stride(0), out.data_ptr(), out.stride(0))
     native.check(status)
     return out

@@ -12,6 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorry.kernels import native
+
+BLOCK_SIZE = 16  # what the CPU kernel serves; see csrc/attention.c for the limits below
+MAX_HEAD_DIM = 256
+MAX_GROUP = 64
+
 
 def paged_attention_reference(
     q: Tensor,
@@ -64,7 +70,52 @@ def paged_attention(
     block_tables: int32 [S, max_blocks]; cu_seqlens_q: int32 [S + 1], rows cu[s]..cu[s+1] are sequence s (may be
     none); kv_lens: int32 [S], tokens in the cache including this step's own; scale: usually D ** -0.5;
     sliding_window: tokens seen including the row's own, 0 for all. Returns [T, Hq, D] contiguous, q's dtype.
+    Entries of block_tables outside what the rows see are not read.
     """
-    return paged_attention_reference(
-        q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, scale, sliding_window
+    library = native.library()
+    tables = (block_tables, cu_seqlens_q, kv_lens)
+    if library is None or not _fits(q, k_cache, v_cache, tables):
+        return paged_attention_reference(
+            q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, scale, sliding_window
+        )
+    rows, heads, width = q.shape
+    out = torch.empty(rows, heads, width)
+    status = library.paged_attention(
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        heads,
+        k_cache.shape[1],
+        width,
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        native.ELEMENT_TYPES[k_cache.dtype],
+        block_tables.data_ptr(),
+        block_tables.stride(0),
+        cu_seqlens_q.data_ptr(),
+        kv_lens.data_ptr(),
+        kv_lens.shape[0],
+        scale,
+        sliding_window,
+        out.data_ptr(),
+    )
+    native.check(status)
+    return out
+
+
+def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: tuple[Tensor, ...]) -> bool:
+    width = q.shape[2]
+    return (
+        q.dtype is torch.float32
+        and q.device.type == "cpu"
+        and q.stride(2) == 1
+        and width % 16 == 0
+        and width <= MAX_HEAD_DIM
+        and q.shape[1] // k_cache.shape[1] <= MAX_GROUP
+        and k_cache.shape[2] == BLOCK_SIZE
+        and k_cache.dtype in native.ELEMENT_TYPES
+        and k_cache.dtype is v_cache.dtype
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+        and all(table.dtype is torch.int32 and table.stride(-1) == 1 for table in tables)
     )

@@ -14,6 +14,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from lorry.kernels import native
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x**2) + eps) * weight; x [..., D], weight [D] -> [..., D] in x's dtype."""
@@ -30,16 +32,51 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """y = x / sqrt(mean(x**2) + eps) * weight over the last dimension.
 
     x: [..., D], any strides over the leading dimensions (a head of a fused qkv output may be handed as a view);
     weight: [D]; residual: same shape as x, updated in place to residual + x, and then normed in x's stead.
-    Returns y, contiguous in x's dtype; with a residual the pair (y, residual).
+    Returns y, contiguous in x's dtype; with a residual the pair (y, residual). float32 on a CPU takes the native
+    kernel where x has at most three dimensions, or any number of contiguous ones.
     """
-    if residual is None:
-        return rms_norm_reference(x, weight, eps)
-    residual += x
-    return rms_norm_reference(residual, weight, eps), residual
+    library = native.library()
+    if library is None or not _fits(x, weight, residual):
+        if residual is None:
+            return rms_norm_reference(x, weight, eps)
+        residual += x
+        return rms_norm_reference(residual, weight, eps), residual
+    shape = x.shape
+    width = shape[-1]
+    y = torch.empty(shape)
+    if x.dim() == 3:
+        outer, inner = shape[0], shape[1]
+        outer_stride, inner_stride = x.stride(0), x.stride(1)
+    else:
+        outer, inner = y.numel() // width, 1
+        outer_stride, inner_stride = x.stride(0) if x.dim() == 2 else width, 0
+    library.rms_norm(
+        x.data_ptr(),
+        outer,
+        inner,
+        outer_stride,
+        inner_stride,
+        width,
+        weight.data_ptr(),
+        eps,
+        None if residual is None else residual.data_ptr(),
+        width,
+        y.data_ptr(),
+    )
+    return y if residual is None else (y, residual)
+
+
+def _fits(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
+    return (
+        x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and x.device.type == "cpu"
+        and x.stride(-1) == 1
+        and (x.dim() in (2, 3) or x.is_contiguous())
+        and (residual is None or (residual.dtype is torch.float32 and residual.is_contiguous()))
+    )

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorry.kernels import native
+
 
 def rope_reference(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
     """The rotated copy of x [T, H, D]; positions int64 [T], cos_sin float32 [max_pos, D]."""
@@ -24,6 +26,31 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
 
     positions: int64 [T], all below max_pos; cos_sin: float32 [max_pos, D], cosines in [:, :D/2], sines in
     [:, D/2:]. q and k may be strided views of one fused qkv output; only their last dimension must be contiguous.
+    Raises IndexError for a position outside cos_sin.
     """
+    library = native.library()
+    if library is not None and _fits(q) and _fits(k) and cos_sin.is_contiguous():
+        status = library.rope(
+            q.data_ptr(),
+            q.stride(0),
+            q.stride(1),
+            q.shape[1],
+            k.data_ptr(),
+            k.stride(0),
+            k.stride(1),
+            k.shape[1],
+            q.shape[2],
+            positions.contiguous().data_ptr(),
+            q.shape[0],
+            cos_sin.data_ptr(),
+            cos_sin.shape[0],
+        )
+        if status:
+            raise IndexError(f"positions must lie in 0..{cos_sin.shape[0] - 1}")
+        return
     q.copy_(rope_reference(q, positions, cos_sin))
     k.copy_(rope_reference(k, positions, cos_sin))
+
+
+def _fits(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and x.stride(2) == 1 and x.device.type == "cpu"

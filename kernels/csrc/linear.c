@@ -13,7 +13,7 @@ struct part {
     const void *words;           /* NF4 uint32 [tiles][K/8][16], dense [tiles][K][16] */
     const uint8_t *absmax_codes; /* [tiles][K/64][16] when double-quantized, else NULL */
     const float *absmax;         /* [tiles][K/64][16] when not */
-    const float *nested_absmax;  /* [blocks >> nested_shift] */
+    const float *nested_absmax;  /* [ceil(blocks / 2^nested_shift) + 32] */
     const float *nested_code;    /* [256] */
     float nested_offset;
     int32_t nested_shift;
@@ -28,14 +28,17 @@ struct linear {
     int64_t kind;
 };
 
-/* absmax of 16 columns at block kb; blocks are numbered along the part's own rows: n * (K / 64) + kb. */
-INLINE vf block_scale(const struct part *p, int64_t tile, int64_t kb, int64_t blocks_per_row) {
-    int64_t at = (tile * blocks_per_row + kb) * LANES;
+/* absmax of 16 columns at block kb; blocks are numbered along the part's own rows: n * (K / 64) + kb. The nested
+ * groups of a tile lie within 32 of the first one (the caller sees to it), nested_absmax is padded by 32.
+ * `lanes` is vu_lanes(K / 64). */
+INLINE vf block_scale(const struct part *p, int64_t tile, int64_t kb, int64_t blocks_per_row, vu lanes) {
+    const int64_t at = (tile * blocks_per_row + kb) * LANES;
     if (!p->absmax_codes) return vf_load(p->absmax + at);
-    vu flat = vu_iota((uint32_t)(tile * LANES * blocks_per_row + kb), (uint32_t)blocks_per_row);
-    vf group = vf_gather(p->nested_absmax, vu_srl(flat, p->nested_shift));
-    vf code = vf_gather(p->nested_code, vu_load_u8(p->absmax_codes + at));
-    return vf_add(vf_mul(code, group), vf_set1(p->nested_offset));
+    const uint32_t first = (uint32_t)(tile * LANES * blocks_per_row + kb), group = first >> p->nested_shift;
+    const vu index = vu_sub(vu_srl(vu_add(vu_set1(first), lanes), p->nested_shift), vu_set1(group));
+    const vf scale = vf_lookup32(p->nested_absmax + group, index);
+    const vf code = vf_lookup256(p->nested_code, vu_load_u8(p->absmax_codes + at));
+    return vf_add(vf_mul(code, scale), vf_set1(p->nested_offset));
 }
 
 /* Element i of eight sits in nibble i ^ 1: the high nibble of a byte comes first. */
@@ -81,6 +84,7 @@ INLINE void stream_row(const int kind, const struct linear *l, const struct part
                        int64_t column, const float *x, float *y) {
     const vf table = kind == NF4 ? vf_load(l->code) : vf_set1(0.0f);
     const int64_t per_row = l->in_features / BLOCK_K, last = end * per_row;
+    const vu lanes = vu_lanes((uint32_t)per_row);
     int64_t kb = 0, tile = begin;
     vf total = bias_or_zero(l, column + tile * LANES);
     for (int64_t i = begin * per_row; i < last;) {
@@ -97,7 +101,7 @@ INLINE void stream_row(const int kind, const struct linear *l, const struct part
             for (int j = 0; j < blocks; j++) block_sums(kind, p->words, i + j, rows + j, table, acc + j, 1);
         }
         for (int j = 0; j < blocks; j++) {
-            vf scale = kind == NF4 ? block_scale(p, tile, kb, per_row) : vf_set1(1.0f);
+            vf scale = kind == NF4 ? block_scale(p, tile, kb, per_row, lanes) : vf_set1(1.0f);
             total = vf_fma(acc[j], scale, total);
             if (++kb == per_row) {
                 int64_t at = column + tile * LANES;
@@ -142,17 +146,17 @@ struct rows {
 };
 INLINE int64_t rows_start(const struct rows *r, int64_t i) { return i * r->base + MIN(i, r->longer); }
 
-/* packed[row tile][k][row of the tile] */
+INLINE int64_t padded(int64_t k) { return (k + BLOCK_K - 1) / BLOCK_K * BLOCK_K; }
+
+/* packed[row tile][block of k][row of the tile][BLOCK_K] */
 static void pack_rows(const struct rows *r, const float *x, int64_t ldx, int64_t k_count, float *packed, int64_t begin,
                       int64_t end) {
     for (int64_t t = begin; t < end; t++) {
         const int64_t first = rows_start(r, t), rows = rows_start(r, t + 1) - first;
-        float *out = packed + first * k_count;
-        for (int64_t k0 = 0; k0 < k_count; k0 += BLOCK_K)
-            for (int64_t m = 0; m < rows; m++) {
-                const float *row = x + (first + m) * ldx;
-                for (int64_t k = k0; k < MIN(k_count, k0 + BLOCK_K); k++) out[k * rows + m] = row[k];
-            }
+        float *out = packed + first * padded(k_count);
+        for (int64_t k = 0; k < k_count; k += BLOCK_K)
+            for (int64_t m = 0; m < rows; m++, out += BLOCK_K)
+                memcpy(out, x + (first + m) * ldx + k, (size_t)MIN(BLOCK_K, k_count - k) * sizeof(float));
     }
 }
 
@@ -167,6 +171,7 @@ INLINE void group_rows(const int kind, const struct linear *l, const struct part
                        int64_t column, const struct rows *r, const float *packed, float *y, int64_t ldy,
                        struct workspace *ws) {
     const int64_t k_count = l->in_features, per_row = k_count / BLOCK_K;
+    const vu lanes = vu_lanes((uint32_t)per_row);
     for (int64_t t0 = 0; t0 < r->tiles; t0 += ROW_BLOCK) {
         const int64_t t1 = MIN(r->tiles, t0 + ROW_BLOCK), m0 = rows_start(r, t0), m1 = rows_start(r, t1);
         for (int n = 0; n < columns; n++) {
@@ -178,11 +183,11 @@ INLINE void group_rows(const int kind, const struct linear *l, const struct part
             for (int n = 0; n < columns; n++) {
                 decode(kind, l, p, begin + n, k0 / BLOCK_K, count, ws->panel + n * LANES);
                 vf_store(ws->scale + n * LANES,
-                         kind == NF4 ? block_scale(p, begin + n, k0 / BLOCK_K, per_row) : vf_set1(1.0f));
+                         kind == NF4 ? block_scale(p, begin + n, k0 / BLOCK_K, per_row, lanes) : vf_set1(1.0f));
             }
             for (int64_t t = t0; t < t1; t++) {
                 const int64_t first = rows_start(r, t), rows = rows_start(r, t + 1) - first;
-                tile_add(ws->panel, packed + first * k_count + k0 * rows, count, ws->scale,
+                tile_add(ws->panel, packed + first * padded(k_count) + k0 * rows, count, ws->scale,
                          ws->totals + (first - m0) * GROUP_COLUMNS, (int)rows, columns);
             }
         }
@@ -237,7 +242,7 @@ EXPORT int linear_forward(const struct linear *l, const float *x, int64_t m, int
         r.tiles = (r.count + TILE_MAX_ROWS - 1) / TILE_MAX_ROWS;
         r.base = r.count / r.tiles;
         r.longer = r.count % r.tiles;
-        float *packed = scratch_get(&packed_rows, (size_t)(r.count * l->in_features) * sizeof(float));
+        float *packed = scratch_get(&packed_rows, (size_t)(r.count * padded(l->in_features)) * sizeof(float));
         if (!packed) return -1;
 #pragma omp parallel num_threads(threads)
         {

@@ -102,11 +102,25 @@ INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vu vu_load(const uint32_t *p) { return _mm512_loadu_si512(p); }
 INLINE vu vu_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vu vu_add(vu a, vu b) { return _mm512_add_epi32(a, b); }
+INLINE vu vu_sub(vu a, vu b) { return _mm512_sub_epi32(a, b); }
 INLINE vu vu_set1(uint32_t u) { return _mm512_set1_epi32((int)u); }
 INLINE vu vu_srl(vu v, int count) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(count)); }
 #define VU_SRLI(v, count) _mm512_srli_epi32(v, count)
 INLINE vf vf_lookup16(vf table, vu index) { return _mm512_permutexvar_ps(index, table); }
-INLINE vf vf_gather(const float *base, vu index) { return _mm512_i32gather_ps(index, base, 4); }
+INLINE vf vf_lookup32(const float *table, vu index) {
+    return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + LANES));
+}
+INLINE vf vf_lookup256(const float *table, vu index) { /* permutes: a gather costs about 50 cycles where GDS is mitigated */
+    __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
+    __mmask16 bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
+    __mmask16 bit7 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(128));
+    vf quarter[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        quarter[i] = _mm512_mask_blend_ps(bit5, vf_lookup32(table + i * 64, index), vf_lookup32(table + i * 64 + 32, index));
+    vf low = _mm512_mask_blend_ps(bit6, quarter[0], quarter[1]), high = _mm512_mask_blend_ps(bit6, quarter[2], quarter[3]);
+    return _mm512_mask_blend_ps(bit7, low, high);
+}
 INLINE vf vf_where_below(vf x, vf limit, vf then, vf otherwise) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), otherwise, then);
 }
@@ -169,6 +183,7 @@ INLINE vu vu_load_u8(const uint8_t *p) {
     return (vu){_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
 INLINE vu vu_add(vu x, vu y) { return (vu){_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+INLINE vu vu_sub(vu x, vu y) { return (vu){_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
 INLINE vu vu_set1(uint32_t u) { return (vu){_mm256_set1_epi32((int)u), _mm256_set1_epi32((int)u)}; }
 INLINE vu vu_srl(vu v, int count) {
     __m128i c = _mm_cvtsi32_si128(count);
@@ -182,9 +197,7 @@ INLINE __m256 lookup_half(vf table, __m256i index) {
 INLINE vf vf_lookup16(vf table, vu index) {
     return (vf){lookup_half(table, index.a), lookup_half(table, index.b)};
 }
-INLINE vf vf_gather(const float *base, vu index) {
-    return (vf){_mm256_i32gather_ps(base, index.a, 4), _mm256_i32gather_ps(base, index.b, 4)};
-}
+#define LORRY_SCALAR_LOOKUP
 INLINE vf vf_where_below(vf x, vf limit, vf then, vf otherwise) {
     return (vf){_mm256_blendv_ps(otherwise.a, then.a, _mm256_cmp_ps(x.a, limit.a, _CMP_LT_OQ)),
                 _mm256_blendv_ps(otherwise.b, then.b, _mm256_cmp_ps(x.b, limit.b, _CMP_LT_OQ))};
@@ -245,11 +258,12 @@ INLINE vf vf_fma(vf a, vf b, vf c) { VF_LANES(a.f[i] * b.f[i] + c.f[i]); }
 INLINE vu vu_load(const uint32_t *p) { VU_LANES(p[i]); }
 INLINE vu vu_load_u8(const uint8_t *p) { VU_LANES(p[i]); }
 INLINE vu vu_add(vu a, vu b) { VU_LANES(a.u[i] + b.u[i]); }
+INLINE vu vu_sub(vu a, vu b) { VU_LANES(a.u[i] - b.u[i]); }
 INLINE vu vu_set1(uint32_t u) { VU_LANES(u); }
 INLINE vu vu_srl(vu v, int count) { VU_LANES(v.u[i] >> count); }
 #define VU_SRLI(v, count) vu_srl(v, count)
 INLINE vf vf_lookup16(vf table, vu index) { VF_LANES(table.f[index.u[i] & 15u]); }
-INLINE vf vf_gather(const float *base, vu index) { VF_LANES(base[index.u[i]]); }
+#define LORRY_SCALAR_LOOKUP
 INLINE vf vf_where_below(vf x, vf limit, vf then, vf otherwise) {
     VF_LANES(x.f[i] < limit.f[i] ? then.f[i] : otherwise.f[i]);
 }
@@ -267,9 +281,21 @@ INLINE void vf_store_as(enum elem type, void *p, vf v) {
 
 #endif
 
-INLINE vu vu_iota(uint32_t start, uint32_t step) {
+#ifdef LORRY_SCALAR_LOOKUP
+INLINE vf vf_lookup256(const float *table, vu index) {
+    uint32_t at[LANES];
+    float lanes[LANES];
+    memcpy(at, &index, sizeof at);
+    for (int i = 0; i < LANES; i++) lanes[i] = table[at[i]];
+    return vf_load(lanes);
+}
+INLINE vf vf_lookup32(const float *table, vu index) { return vf_lookup256(table, index); }
+#endif
+
+/* 0, step, 2 step, ... */
+INLINE vu vu_lanes(uint32_t step) {
     uint32_t lanes[LANES];
-    for (int i = 0; i < LANES; i++) lanes[i] = start + step * (uint32_t)i;
+    for (int i = 0; i < LANES; i++) lanes[i] = step * (uint32_t)i;
     return vu_load(lanes);
 }
 
@@ -288,6 +314,37 @@ INLINE void vf_store_some(enum elem type, void *p, vf v, int count) {
     float lanes[LANES];
     vf_store(lanes, v);
     for (int i = 0; i < count; i++) elem_store(type, p, i, lanes[i]);
+}
+
+/* rows[i] lane j <-> rows[j] lane i */
+INLINE void vf_transpose(vf rows[LANES]) {
+#if defined(__AVX512F__)
+    vf a[LANES];
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4) { /* 4 x 4 blocks inside each 128-bit lane */
+        vf ab = _mm512_unpacklo_ps(rows[i], rows[i + 1]), AB = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+        vf cd = _mm512_unpacklo_ps(rows[i + 2], rows[i + 3]), CD = _mm512_unpackhi_ps(rows[i + 2], rows[i + 3]);
+        a[i] = _mm512_shuffle_ps(ab, cd, 0x44);
+        a[i + 1] = _mm512_shuffle_ps(ab, cd, 0xee);
+        a[i + 2] = _mm512_shuffle_ps(AB, CD, 0x44);
+        a[i + 3] = _mm512_shuffle_ps(AB, CD, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* then the 4 x 4 matrix of those lanes */
+        vf ab = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), AB = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        vf cd = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88), CD = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+        rows[i] = _mm512_shuffle_f32x4(ab, cd, 0x88);
+        rows[i + 4] = _mm512_shuffle_f32x4(AB, CD, 0x88);
+        rows[i + 8] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+        rows[i + 12] = _mm512_shuffle_f32x4(AB, CD, 0xdd);
+    }
+#else
+    float m[LANES][LANES], t[LANES][LANES];
+    for (int i = 0; i < LANES; i++) vf_store(m[i], rows[i]);
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) t[j][i] = m[i][j];
+    for (int i = 0; i < LANES; i++) rows[i] = vf_load(t[i]);
+#endif
 }
 
 /* Halving tree: lane i with lane i + 8, then 4, 2, 1. */

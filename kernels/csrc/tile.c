@@ -7,13 +7,13 @@ INLINE void tile(const float *restrict w, const float *restrict x, int64_t count
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 4
         for (int n = 0; n < columns; n++) acc[m][n] = vf_set1(0.0f);
-    for (int64_t k = 0; k < count; k++, w += GROUP_COLUMNS, x += rows) {
+    for (int64_t k = 0; k < count; k++, w += GROUP_COLUMNS, x++) {
         vf weight[GROUP_TILES];
 #pragma GCC unroll 4
         for (int n = 0; n < columns; n++) weight[n] = vf_load(w + n * LANES);
 #pragma GCC unroll 12
         for (int m = 0; m < rows; m++) {
-            vf value = vf_set1(x[m]);
+            vf value = vf_set1(x[m * BLOCK_K]);
 #pragma GCC unroll 4
             for (int n = 0; n < columns; n++) acc[m][n] = vf_fma(weight[n], value, acc[m][n]);
         }

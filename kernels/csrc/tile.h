@@ -17,7 +17,7 @@
 #endif
 
 /* Adds `columns` 16-column tiles of a block to the totals of `rows` rows.
- * w: [k][GROUP_COLUMNS], x: [k][rows], scale: [GROUP_COLUMNS], total: [rows][GROUP_COLUMNS].
+ * w: [k][GROUP_COLUMNS], x: [rows][BLOCK_K], scale: [GROUP_COLUMNS], total: [rows][GROUP_COLUMNS]; k <= BLOCK_K.
  * One FMA chain per output in ascending k whatever the shape of the tile, so an output's bits depend on its row and
  * its column only. */
 void tile_add(const float *w, const float *x, int64_t k, const float *scale, float *total, int rows, int columns);

@@ -1,0 +1,110 @@
+/* Row-wise operations around the matrix products: norm, rotary embedding, gated activation, cache scatter.
+ * Strides are in elements; the last dimension is always contiguous. */
+#include "common.h"
+
+/* residual += x (where given), y = x / sqrt(mean(x^2) + eps) * weight; x is [outer][inner][d], y contiguous. */
+EXPORT int rms_norm(const float *x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t d,
+                    const float *weight, float eps, float *residual, int64_t residual_stride, float *y) {
+#pragma omp parallel for num_threads(threads_for(outer *inner *d / 8))
+    for (int64_t row = 0; row < outer * inner; row++) {
+        const float *in = x + row / inner * outer_stride + row % inner * inner_stride;
+        float *sum = residual ? residual + row * residual_stride : NULL, *out = y + row * d;
+        vf squares[4] = {vf_set1(0.0f), vf_set1(0.0f), vf_set1(0.0f), vf_set1(0.0f)};
+        for (int64_t i = 0; i < d; i += LANES) {
+            const int count = (int)MIN(LANES, d - i);
+            vf v = vf_load_some(F32, in + i, count);
+            if (sum) {
+                v = vf_add(vf_load_some(F32, sum + i, count), v);
+                vf_store_some(F32, sum + i, v, count);
+            }
+            vf_store_some(F32, out + i, v, count);
+            vf *acc = squares + i / LANES % 4;
+            *acc = vf_fma(v, v, *acc);
+        }
+        const float total = vf_sum(vf_add(vf_add(squares[0], squares[1]), vf_add(squares[2], squares[3])));
+        const vf inverse = vf_set1(1.0f / sqrtf(total / (float)d + eps));
+        for (int64_t i = 0; i < d; i += LANES) {
+            const int count = (int)MIN(LANES, d - i);
+            vf normed = vf_mul(vf_load_some(F32, out + i, count), inverse);
+            vf_store_some(F32, out + i, vf_mul(vf_load_some(F32, weight + i, count), normed), count);
+        }
+    }
+    return 0;
+}
+
+static void rotate(float *x, int64_t half, const float *cosine, const float *sine) {
+    for (int64_t i = 0; i < half; i += LANES) {
+        const int count = (int)MIN(LANES, half - i);
+        vf a = vf_load_some(F32, x + i, count), b = vf_load_some(F32, x + half + i, count);
+        vf c = vf_load_some(F32, cosine + i, count), s = vf_load_some(F32, sine + i, count);
+        vf_store_some(F32, x + i, vf_sub(vf_mul(a, c), vf_mul(b, s)), count);
+        vf_store_some(F32, x + half + i, vf_add(vf_mul(b, c), vf_mul(a, s)), count);
+    }
+}
+
+/* Half-split rotation of q [t][q_heads][d] and k [t][k_heads][d] in place; cos_sin [max_pos][d], cosines first.
+ * Returns 1 when a position is out of range. */
+EXPORT int rope(float *q, int64_t q_stride, int64_t q_head_stride, int64_t q_heads, float *k, int64_t k_stride,
+                int64_t k_head_stride, int64_t k_heads, int64_t d, const int64_t *positions, int64_t t,
+                const float *cos_sin, int64_t max_pos) {
+    for (int64_t i = 0; i < t; i++)
+        if (positions[i] < 0 || positions[i] >= max_pos) return 1;
+#pragma omp parallel for num_threads(threads_for(t *(q_heads + k_heads) * d / 8))
+    for (int64_t i = 0; i < t; i++) {
+        const float *cosine = cos_sin + positions[i] * d, *sine = cosine + d / 2;
+        for (int64_t h = 0; h < q_heads; h++) rotate(q + i * q_stride + h * q_head_stride, d / 2, cosine, sine);
+        for (int64_t h = 0; h < k_heads; h++) rotate(k + i * k_stride + h * k_head_stride, d / 2, cosine, sine);
+    }
+    return 0;
+}
+
+/* y = gate / (1 + exp(-gate)) * up; gate_up [m][stride], gate in the first n columns. */
+EXPORT int silu_mul(const float *gate_up, int64_t m, int64_t stride, int64_t n, float *y) {
+    const vf one = vf_set1(1.0f), zero = vf_set1(0.0f);
+#pragma omp parallel for num_threads(threads_for(m *n))
+    for (int64_t row = 0; row < m; row++) {
+        const float *gate = gate_up + row * stride;
+        for (int64_t i = 0; i < n; i += LANES) {
+            const int count = (int)MIN(LANES, n - i);
+            vf g = vf_load_some(F32, gate + i, count), up = vf_load_some(F32, gate + n + i, count);
+            vf silu = vf_div(g, vf_add(one, vf_exp(vf_sub(zero, g))));
+            vf_store_some(F32, y + row * n + i, vf_mul(silu, up), count);
+        }
+    }
+    return 0;
+}
+
+INLINE void store_row(const enum elem type, const float *x, void *cache, int64_t at, int64_t d) {
+    for (int64_t i = 0; i < d; i += LANES) {
+        const int count = (int)MIN(LANES, d - i);
+        vf_store_some(type, (char *)cache + (at + i) * elem_size(type), vf_load_some(F32, x + i, count), count);
+    }
+}
+
+/* Rows of k and v [t][heads][d] to slots of the caches [blocks][heads][block_size][d]; slot -1 skips the row.
+ * Returns 1 when a slot is out of range. */
+EXPORT int kv_store(const float *k, int64_t k_stride, int64_t k_head_stride, const float *v, int64_t v_stride,
+                    int64_t v_head_stride, void *k_cache, void *v_cache, int64_t type, int64_t blocks, int64_t heads,
+                    int64_t block_size, int64_t d, const int64_t *slots, int64_t t) {
+    for (int64_t i = 0; i < t; i++)
+        if (slots[i] < -1 || slots[i] >= blocks * block_size) return 1;
+#pragma omp parallel for num_threads(threads_for(t *heads *d / 4))
+    for (int64_t i = 0; i < t; i++) {
+        if (slots[i] < 0) continue;
+        for (int64_t h = 0; h < heads; h++) {
+            const int64_t at = ((slots[i] / block_size * heads + h) * block_size + slots[i] % block_size) * d;
+            const float *key = k + i * k_stride + h * k_head_stride, *value = v + i * v_stride + h * v_head_stride;
+            if (type == BF16) {
+                store_row(BF16, key, k_cache, at, d);
+                store_row(BF16, value, v_cache, at, d);
+            } else if (type == F16) {
+                store_row(F16, key, k_cache, at, d);
+                store_row(F16, value, v_cache, at, d);
+            } else {
+                store_row(F32, key, k_cache, at, d);
+                store_row(F32, value, v_cache, at, d);
+            }
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,199 @@
+/* y += sum over adapters of a segment and their rank pages of scale * (x A^T) B.
+ *
+ * A page is A [16][K] followed by B [16][N]. First all shrink products u = x A^T of the batch, then, after one
+ * barrier, all expansions; both are cut so that every core has work when one segment holds all rows. An output's
+ * chain runs over adapters, pages and ranks in their order, so its bits depend on its row only.
+ */
+#include "common.h"
+
+#define RANK 16
+#define COLUMNS 512 /* of one expand task: B's share of it is 16 KiB in 16 bits */
+#if defined(__AVX512F__)
+#define SHRINK_ROWS 4
+#define EXPAND_ROWS 8
+#else
+#define SHRINK_ROWS 1
+#define EXPAND_ROWS 2
+#endif
+#define RANKS_AT_ONCE 4
+
+struct page {
+    const void *a, *b;
+    const float *x;
+    float *u; /* [rows][RANK], scaled */
+    float scale;
+    int64_t rows;
+};
+
+/* Pages [first, last) update `size` columns from `column` on of rows [row, row + rows). */
+struct target {
+    int64_t first, last, row, rows, column, size;
+};
+
+INLINE void shrink(const enum elem type, const struct page *p, int64_t k_count, int64_t ldx, int rank, int64_t row,
+                   const int rows) {
+    vf acc[SHRINK_ROWS][RANKS_AT_ONCE];
+    for (int m = 0; m < rows; m++)
+        for (int r = 0; r < RANKS_AT_ONCE; r++) acc[m][r] = vf_set1(0.0f);
+    const float *x = p->x + row * ldx;
+    int64_t k = 0;
+    for (; k + LANES <= k_count; k += LANES) {
+        vf value[SHRINK_ROWS];
+        for (int m = 0; m < rows; m++) value[m] = vf_load(x + m * ldx + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < RANKS_AT_ONCE; r++) {
+            const vf a = vf_load_as(type, elem_at(type, p->a, (rank + r) * k_count + k));
+            for (int m = 0; m < rows; m++) acc[m][r] = vf_fma(a, value[m], acc[m][r]);
+        }
+    }
+    if (k < k_count)
+        for (int r = 0; r < RANKS_AT_ONCE; r++) {
+            const vf a = vf_load_some(type, elem_at(type, p->a, (rank + r) * k_count + k), (int)(k_count - k));
+            for (int m = 0; m < rows; m++)
+                acc[m][r] = vf_fma(a, vf_load_some(F32, x + m * ldx + k, (int)(k_count - k)), acc[m][r]);
+        }
+    for (int m = 0; m < rows; m++)
+        for (int r = 0; r < RANKS_AT_ONCE; r++) p->u[(row + m) * RANK + rank + r] = vf_sum(acc[m][r]) * p->scale;
+}
+
+INLINE void shrink_all(const enum elem type, const struct page *p, int64_t k_count, int64_t ldx, int rank) {
+    int64_t row = 0;
+    for (; row + SHRINK_ROWS <= p->rows; row += SHRINK_ROWS) shrink(type, p, k_count, ldx, rank, row, SHRINK_ROWS);
+    for (; row < p->rows; row++) shrink(type, p, k_count, ldx, rank, row, 1);
+}
+
+/* Few rows: ranks outside, columns inside, so that B is read in the order it lies in memory. */
+INLINE void expand_row(const enum elem type, const struct page *p, int64_t row, int64_t from, int64_t to, int64_t n_count,
+                       float *y) {
+    const float *u = p->u + row * RANK;
+    for (int r = 0; r < RANK; r += 4)
+        for (int64_t n = from; n < to; n += LANES) {
+            const int count = (int)MIN(LANES, to - n);
+            vf sum = vf_load_some(F32, y + n, count);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                sum = vf_fma(vf_load_some(type, elem_at(type, p->b, (r + i) * n_count + n), count), vf_set1(u[r + i]), sum);
+            vf_store_some(F32, y + n, sum, count);
+        }
+}
+
+/* Many rows: a register tile of rows by 32 columns over the ranks of one page. */
+INLINE void expand_tile(const enum elem type, const struct page *p, int64_t row, int64_t from, int64_t to,
+                        int64_t n_count, float *y, int64_t ldy, const int rows) {
+    int64_t n = from;
+    for (; n + 2 * LANES <= to; n += 2 * LANES) {
+        vf sum[EXPAND_ROWS][2];
+        for (int m = 0; m < rows; m++)
+            for (int j = 0; j < 2; j++) sum[m][j] = vf_load(y + m * ldy + n + j * LANES);
+        for (int r = 0; r < RANK; r++) {
+            const vf b0 = vf_load_as(type, elem_at(type, p->b, r * n_count + n));
+            const vf b1 = vf_load_as(type, elem_at(type, p->b, r * n_count + n + LANES));
+            for (int m = 0; m < rows; m++) {
+                const vf u = vf_set1(p->u[(row + m) * RANK + r]);
+                sum[m][0] = vf_fma(b0, u, sum[m][0]);
+                sum[m][1] = vf_fma(b1, u, sum[m][1]);
+            }
+        }
+        for (int m = 0; m < rows; m++)
+            for (int j = 0; j < 2; j++) vf_store(y + m * ldy + n + j * LANES, sum[m][j]);
+    }
+    if (n < to)
+        for (int m = 0; m < rows; m++) expand_row(type, p, row + m, n, to, n_count, y + m * ldy);
+}
+
+INLINE void expand_all(const enum elem type, const struct page *pages, const struct target *t, int64_t from, int64_t to,
+                       float *y, int64_t ldy) {
+    for (int64_t i = t->first; i < t->last; i++) {
+        int64_t row = 0;
+        for (; row + EXPAND_ROWS <= t->rows; row += EXPAND_ROWS)
+            expand_tile(type, pages + i, row, from, to, t->size, y + row * ldy, ldy, EXPAND_ROWS);
+        for (; row < t->rows; row++) expand_row(type, pages + i, row, from, to, t->size, y + row * ldy);
+    }
+}
+
+static void shrink_typed(int64_t type, const struct page *p, int64_t k_count, int64_t ldx, int rank) {
+    switch (type) {
+        case BF16: shrink_all(BF16, p, k_count, ldx, rank); break;
+        case F16: shrink_all(F16, p, k_count, ldx, rank); break;
+        default: shrink_all(F32, p, k_count, ldx, rank);
+    }
+}
+
+static void expand_typed(int64_t type, const struct page *pages, const struct target *t, int64_t from, int64_t to,
+                         float *y, int64_t ldy) {
+    switch (type) {
+        case BF16: expand_all(BF16, pages, t, from, to, y, ldy); break;
+        case F16: expand_all(F16, pages, t, from, to, y, ldy); break;
+        default: expand_all(F32, pages, t, from, to, y, ldy);
+    }
+}
+
+/* arena of `type`; offsets [slots][layers][sites][max_pages] and scaling [slots][layers][sites] begin at the wanted
+ * layer, `slot_stride` sites apart from slot to slot; called: [called_count][3] of site index, first column of y,
+ * width; starts [segments + 1], slots and weights [segments][adapters]. Returns -1 when memory is out. */
+EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t k_count, const void *arena, int64_t type,
+                    const int64_t *offsets, const float *scaling, int64_t slot_stride, int64_t max_pages,
+                    const int64_t *called, int64_t called_count, const int32_t *starts, const int32_t *slots,
+                    const float *weights, int64_t segments, int64_t adapters) {
+    static __thread struct scratch page_list, target_list, shrunk;
+    int64_t page_count = 0, target_count = 0, u_count = 0, column_tasks = 0, cost = 0;
+    struct page *pages = NULL;
+    struct target *targets = NULL;
+    float *u = NULL;
+    for (int fill = 0; fill < 2; fill++) {
+        if (fill) {
+            if (page_count == 0) return 0;
+            pages = scratch_get(&page_list, (size_t)page_count * sizeof *pages);
+            targets = scratch_get(&target_list, (size_t)target_count * sizeof *targets);
+            u = scratch_get(&shrunk, (size_t)u_count * sizeof *u);
+            if (!pages || !targets || !u) return -1;
+            page_count = target_count = u_count = 0;
+        }
+        for (int64_t s = 0; s < segments; s++) {
+            const int64_t row = starts[s], rows = starts[s + 1] - row;
+            if (rows <= 0) continue;
+            for (int64_t c = 0; c < called_count; c++) {
+                const int64_t site = called[3 * c], first = page_count, size = called[3 * c + 2];
+                for (int64_t j = 0; j < adapters; j++) {
+                    const int64_t slot = slots[s * adapters + j], at = slot * slot_stride + site;
+                    if (slot < 0) continue;
+                    for (int64_t i = 0; i < max_pages && offsets[at * max_pages + i] >= 0; i++) {
+                        if (fill) {
+                            const void *a = elem_at((enum elem)type, arena, offsets[at * max_pages + i]);
+                            pages[page_count] = (struct page){a,
+                                                              elem_at((enum elem)type, a, RANK * k_count),
+                                                              x + row * ldx,
+                                                              u + u_count,
+                                                              weights[s * adapters + j] * scaling[at],
+                                                              rows};
+                            cost += RANK * (k_count + size) / 8 * MAX(rows, 4) / 4;
+                        }
+                        page_count++;
+                        u_count += rows * RANK;
+                    }
+                }
+                if (page_count == first) continue;
+                if (fill)
+                    targets[target_count] = (struct target){first, page_count, row, rows, called[3 * c + 1], size};
+                target_count++;
+            }
+        }
+    }
+    int64_t widest = 0;
+    for (int64_t i = 0; i < target_count; i++) widest = MAX(widest, targets[i].size);
+    column_tasks = (widest + COLUMNS - 1) / COLUMNS;
+#pragma omp parallel num_threads(threads_for(cost))
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < page_count * (RANK / RANKS_AT_ONCE); i++)
+            shrink_typed(type, pages + i / (RANK / RANKS_AT_ONCE), k_count, ldx,
+                         (int)(i % (RANK / RANKS_AT_ONCE)) * RANKS_AT_ONCE);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < target_count * column_tasks; i++) {
+            const struct target *t = targets + i / column_tasks;
+            const int64_t from = i % column_tasks * COLUMNS, to = MIN(t->size, from + COLUMNS);
+            if (from < to) expand_typed(type, pages, t, from, to, y + t->row * ldy + t->column, ldy);
+        }
+    }
+    return 0;
+}
