@@ -41,7 +41,7 @@ protos: $(VENV)/.dev ## Regenerate protos/lorry/v1/*_pb2*
 settings: $(VENV)/.dev ## Rewrite the table of settings in README.md
 	$(BIN)/python docs/settings.py
 
-bench: $(VENV)/.bench ## Measure against vLLM and PEFT, write bench/results/serve-cpu.json
+bench: $(VENV)/.bench ## Measure Lorry, vLLM and PEFT; writes bench/results/serve-cpu.json
 	$(BIN)/python bench/compare.py
 
 train-examples: $(VENV)/.dev ## Train the adapters under examples/adapters again (some minutes each)
