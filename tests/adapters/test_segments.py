@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ def rows_of(runs: list[tuple[int, Combo]]) -> list[Combo]:
     starts = segments.starts.tolist()
     assert starts[0] == 0
     rows: list[Combo] = []
-    for index, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for index, (start, end) in enumerate(pairwise(starts)):
         slots, weights = segments.slots[index].tolist(), segments.weights[index].tolist()
         used = [slot >= 0 for slot in slots]
         assert used == sorted(used, reverse=True), "used slots come first"
@@ -34,7 +36,7 @@ def test_every_row_has_its_combo(runs: list[tuple[int, Combo]]) -> None:
 def test_neighbours_of_one_combo_are_one_segment(runs: list[tuple[int, Combo]]) -> None:
     segments = build_segments(runs)
     described = list(zip(segments.slots.tolist(), segments.weights.tolist(), strict=True))
-    assert all(left != right for left, right in zip(described, described[1:], strict=False))
+    assert all(left != right for left, right in pairwise(described))
     assert bool((segments.starts.diff() > 0).all())
 
 
