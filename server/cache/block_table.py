@@ -35,10 +35,9 @@ class BlockTable:
 
     def cost(self, start: int, end: int) -> int:
         """Blocks that `prepare(start, end)` would allocate: new ones, and copies of shared ones."""
-        first, last = start // BLOCK_SIZE, min(blocks_for(end), len(self.blocks))
-        references = self._allocator.references
-        shared = sum(references(self.blocks[i]) > 1 for i in range(first, last))
-        return shared + max(0, blocks_for(end) - len(self.blocks))
+        held, needed = len(self.blocks), blocks_for(end)
+        written = self.blocks[start // BLOCK_SIZE : needed]
+        return self._allocator.count_shared(written) + max(0, needed - held)
 
     def prepare(self, start: int, end: int) -> list[Copy]:
         """Make tokens [start, end) writable by this sequence alone.

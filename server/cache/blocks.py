@@ -55,6 +55,10 @@ class BlockAllocator:
     def references(self, block: int) -> int:
         return self._references[block]
 
+    def count_shared(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks` have more than one holder."""
+        return sum(self._references[block] > 1 for block in blocks)
+
     def allocate(self, count: int = 1) -> list[int]:
         """Hand out `count` blocks with one reference each; raises OutOfBlocks and takes nothing if they are short."""
         if count > self.available:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -77,11 +76,13 @@ def build_batch(pieces: Sequence[Piece], copies: Sequence[Copy], build_segments:
 
     lasts = cu_seqlens[1:].astype(np.int64) - 1
     deciding = [s for s, piece in enumerate(pieces) if piece.end == piece.sequence.length]
-    rows = [lasts[deciding]]
+    rows = [lasts if len(deciding) == count else lasts[deciding]]
     scored, next_row = [], len(deciding)
     for s, piece in enumerate(pieces):
-        targets = _scored_targets(piece)
-        if targets is not None:
+        if piece.sequence.request.message.prompt_logprobs_from is None:
+            continue
+        targets = scored_targets(piece)
+        if len(targets) > 0:
             prompt = piece.sequence.request.prompt
             scored.append(Scored(piece.sequence.request, next_row, prompt[targets.start : targets.stop]))
             rows.append(int(cu_seqlens[s]) + np.arange(targets.start, targets.stop) - 1 - piece.start)
@@ -103,17 +104,19 @@ def build_batch(pieces: Sequence[Piece], copies: Sequence[Copy], build_segments:
 
 def combo_runs(pieces: Sequence[Piece]) -> Runs:
     """Lengths of the runs of rows that share a combo, over the flat batch."""
-    return tuple(
-        (sum(piece.end - piece.start for piece in run), combo)
-        for combo, run in groupby(pieces, key=lambda piece: piece.sequence.request.combo)
-    )
+    runs: list[tuple[int, Combo]] = []
+    for piece in pieces:
+        combo, rows = piece.sequence.request.combo, piece.end - piece.start
+        if runs and runs[-1][1] == combo:
+            rows += runs.pop()[0]
+        runs.append((rows, combo))
+    return tuple(runs)
 
 
-def _scored_targets(piece: Piece) -> range | None:
-    """Prompt positions whose log-probability this piece yields: those after each of its tokens, if they are wanted."""
+def scored_targets(piece: Piece) -> range:
+    """Prompt positions whose log-probability this piece yields: those after each of its tokens, where wanted."""
     request = piece.sequence.request
     score_from = request.score_from
     if score_from is None:
-        return None
-    targets = range(max(piece.start + 1, score_from), min(piece.end + 1, len(request.prompt)))
-    return targets if len(targets) > 0 else None
+        return range(0)
+    return range(max(piece.start + 1, score_from), min(piece.end + 1, len(request.prompt)))

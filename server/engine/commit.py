@@ -157,8 +157,10 @@ class Committer:
         """The first way goes on in place, each other one on a fork."""
         if sequence.status is Status.FINISHED:
             return
-        used = max(each.index for each in sequence.request.sequences) if len(ways) > 1 else 0
-        forks = [self._fork(sequence, used + number) for number in range(1, len(ways))]
+        forks: list[Sequence] = []
+        if len(ways) > 1:
+            used = max(each.index for each in sequence.request.sequences)
+            forks = [self._fork(sequence, used + number) for number in range(1, len(ways))]
         for each, way in zip([sequence, *forks], ways, strict=True):
             self._extend(each, way, now)
 

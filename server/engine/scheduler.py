@@ -182,13 +182,14 @@ class Scheduler:
             start, end = sequence.computed, sequence.length
             if sequence.status is not Status.RUNNING or end - start != 1:
                 continue
-            while sequence.table.cost(start, end) > self.allocator.available:
+            while (cost := sequence.table.cost(start, end)) > self.allocator.available:
                 victim = self.running[-1]  # never one that is in the plan: those rank before `sequence`
                 self._preempt(victim)
                 if victim is sequence:
                     break
             else:
-                plan.copies += sequence.table.prepare(start, end)
+                if cost > 0:
+                    plan.copies += sequence.table.prepare(start, end)
                 plan.pieces.append(Piece(sequence, start, end))
 
     def _prefill(self, plan: Plan, now: float) -> None:
