@@ -14,8 +14,10 @@ from collections.abc import Coroutine
 from typing import Any
 
 from lorry.server.config import ServerConfig
+from lorry.server.errors import EngineUnavailable
 from lorry.server.frontend.engine_process import EngineFailed
 from lorry.server.frontend.frontend import EngineFrontend
+from lorry.server.frontend.interface import State
 from lorry.server.frontend.progress import LoadingProgress
 from lorry.server.observability import logs
 from lorry.server.observability.page import metrics_page
@@ -53,7 +55,8 @@ class _Signals:
 
 async def _run(config: ServerConfig) -> int:
     signals = _Signals()
-    with LoadingProgress() as progress, contextlib.ExitStack() as stack:
+    progress = LoadingProgress()
+    with contextlib.ExitStack() as stack:
         frontend = EngineFrontend(config, on_loading=progress)
         try:
             metrics_port = stack.enter_context(metrics_page(frontend.metrics, config.host, config.metrics_port))
@@ -62,12 +65,11 @@ async def _run(config: ServerConfig) -> int:
             logger.error("%s", error)
             return 1
         try:
-            if await _first(frontend.start(), signals.first.wait()) == 0:
-                progress.__exit__(None, None, None)
-                print(await _serving_line(frontend, config, server, metrics_port), flush=True)
-                if await _first(frontend.drained(), signals.first.wait()) == 1:
-                    frontend.drain()
-                    await _first(frontend.drained(), signals.second.wait())
+            started = _start(frontend, progress, config, server, metrics_port)
+            if await _first(started, signals.first.wait()) == 0:
+                await _first(frontend.drained(), signals.first.wait())
+                frontend.drain()
+                await _first(frontend.drained(), signals.second.wait())
             at_once = signals.second.is_set()
             await server.stop(0.0 if at_once else LAST_WRITES_SECONDS)
             await frontend.stop(at_once=at_once)
@@ -91,6 +93,25 @@ async def _first(*coroutines: Coroutine[Any, Any, Any]) -> int:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _start(
+    frontend: EngineFrontend,
+    progress: LoadingProgress,
+    config: ServerConfig,
+    server: RunningServer,
+    metrics_port: int | None,
+) -> None:
+    """Start the engine and print the line that says so, even if it dies and is replaced in between."""
+    with progress:
+        await frontend.start()
+    async for state in frontend.watch_state():
+        if state is State.DRAINING:
+            return
+        if state is State.SERVING:
+            with contextlib.suppress(EngineUnavailable):
+                print(await _serving_line(frontend, config, server, metrics_port), flush=True)
+                return
 
 
 async def _serving_line(

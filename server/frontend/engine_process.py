@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import signal
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,12 +27,11 @@ from lorry.server.config import EngineConfig, to_json
 from lorry.server.engine.messages import Command, EngineMessage, Loading, Ready, Shutdown
 
 logger = logging.getLogger(__name__)
-engine_log = logging.getLogger("lorry.engine")
 
 COMMAND = (sys.executable, "-m", "lorry.server.engine.process")
 STABLE_SECONDS = 60.0  # an engine that served this long starts the backoff anew
-SHUTDOWN_SECONDS = 5.0  # from Shutdown to SIGTERM, and from there to SIGKILL
-LAST_LINES = 20
+SHUTDOWN_SECONDS = 5.0  # from Shutdown to SIGKILL; an engine that is not ready gets that at once
+RECORD = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+): (.*)")  # how the engine's log begins a line
 
 
 class EngineFailed(Exception):
@@ -78,7 +77,7 @@ class EngineProcess:
         self._outbox: list[Command] = []
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
-        self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._last_line = ""
 
     @property
     def pid(self) -> int | None:
@@ -99,18 +98,14 @@ class EngineProcess:
         self._outbox.append(command)
 
     async def stop(self, at_once: bool = False) -> None:
-        """Ask the engine to leave, then make it; `at_once` does not ask. Idempotent."""
+        """Ask the engine to leave, then make it; `at_once`, or while it loads, do not ask. Idempotent."""
         self._stopping = True
         process = self._process
         if process is not None and process.returncode is None and not at_once:
             self.send(Shutdown())
-            if self._socket is None:
-                _signal(process, signal.SIGTERM)
-            for escalation in (signal.SIGTERM, signal.SIGKILL):
+            if self._socket is not None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), SHUTDOWN_SECONDS)
-                    break
-                _signal(process, escalation)
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -132,7 +127,7 @@ class EngineProcess:
             try:
                 served = await self._run_once(first)
             except OSError as error:
-                self._last_lines.append(str(error))
+                self._last_line = str(error)
                 logger.error("the engine could not be started: %s", error)
                 served = 0.0
             if self._stopping:
@@ -149,7 +144,7 @@ class EngineProcess:
         """One life of an engine; returns for how many seconds it served."""
         loop = asyncio.get_running_loop()
         self._starts += 1
-        self._last_lines.clear()
+        self._last_line = ""
         address = f"ipc://{Path(self._folder.name) / f'engine-{self._starts}.sock'}"
         socket = self._context.socket(zmq.PAIR)
         socket.set(zmq.LINGER, 0)
@@ -197,8 +192,6 @@ class EngineProcess:
         log.cancel()
         if not self._stopping:
             logger.error("the engine %s", _exit_text(process.returncode))
-            if not engine_log.isEnabledFor(logging.INFO):
-                logger.error("its last lines:\n%s", "\n".join(self._last_lines))
         return loop.time() - ready_at if ready_at else 0.0
 
     async def _hand_over_config(self, process: asyncio.subprocess.Process) -> None:
@@ -226,7 +219,9 @@ class EngineProcess:
                 logger.exception("a message of the engine could not be taken")
 
     async def _forward_log(self, process: asyncio.subprocess.Process) -> None:
+        """Its lines become records of ours; one that does not begin like a record goes on with the one before."""
         assert process.stdout is not None
+        level, name = logging.INFO, "lorry.engine"
         while True:
             try:
                 line = await process.stdout.readline()
@@ -235,14 +230,16 @@ class EngineProcess:
             if not line:
                 return
             text = line.decode(errors="replace").rstrip()
+            if record := RECORD.match(text):
+                level, name, text = logging.getLevelNamesMapping()[record[1]], record[2], record[3]
             if text:
-                self._last_lines.append(text)
-                engine_log.info("%s", text)
+                self._last_line = text
+                logging.getLogger(name).log(level, "%s", text)
 
     def _last_words(self) -> str:
         process = self._process
         exit_text = _exit_text(process.returncode if process else None)
-        last = self._last_lines[-1] if self._last_lines else "it said nothing"
+        last = self._last_line or "it said nothing"
         return f"the engine {exit_text} before it was ready: {last}"
 
 
