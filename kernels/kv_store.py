@@ -58,7 +58,7 @@ def _fits(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     return (
         k.dtype is torch.float32
         and v.dtype is torch.float32
-        and k.device.type == "cpu"
+        and k.is_cpu
         and k.stride(2) == 1
         and v.stride(2) == 1
         and k_cache.dtype is v_cache.dtype

@@ -32,7 +32,7 @@ class DenseLinear:
         self.dtype = weight.dtype
         self.nbytes = weight.numel() * weight.element_size()
         self.bias = bias
-        self.native = native.library() is not None and weight.device.type == "cpu"
+        self.native = native.library() is not None and weight.is_cpu
         if not self.native:
             self._weight = weight
             return

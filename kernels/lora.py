@@ -131,7 +131,7 @@ def _fits(y: Tensor, x: Tensor, pages: AdapterPages, segments: Segments) -> bool
     return (
         y.dtype is torch.float32
         and x.dtype is torch.float32
-        and y.device.type == "cpu"
+        and y.is_cpu
         and y.stride(1) == 1
         and x.stride(1) == 1
         and pages.arena.dtype in native.ELEMENT_TYPES

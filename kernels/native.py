@@ -39,7 +39,7 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[type]] = {
     "linear_forward": [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT],
     "linear_rows": [_POINTER, _POINTER, _INT, _POINTER],
-    "rms_norm": [_POINTER, *[_INT] * 5, _POINTER, _FLOAT, _POINTER, _INT, _POINTER],
+    "rms_norm": [_POINTER, *[_INT] * 5, _POINTER, _FLOAT, _POINTER, _POINTER],
     "rope": [_POINTER, *[_INT] * 3, _POINTER, *[_INT] * 4, _POINTER, _INT, _POINTER, _INT],
     "silu_mul": [_POINTER, *[_INT] * 3, _POINTER],
     "kv_store": [

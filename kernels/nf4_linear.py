@@ -82,7 +82,7 @@ class NF4Linear:
 def _fits(part: NF4Weight) -> bool:
     size = part.nested_blocksize
     return (
-        part.packed.device.type == "cpu"
+        part.packed.is_cpu
         and part.blocksize == nf4.DEFAULT_BLOCKSIZE
         and part.shape[1] % part.blocksize == 0
         and part.shape[0] % TILE == 0

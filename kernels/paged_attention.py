@@ -107,7 +107,7 @@ def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: tuple[Tensor, ...
     width = q.shape[2]
     return (
         q.dtype is torch.float32
-        and q.device.type == "cpu"
+        and q.is_cpu
         and q.stride(2) == 1
         and width % 16 == 0
         and width <= MAX_HEAD_DIM

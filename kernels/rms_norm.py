@@ -65,7 +65,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         weight.data_ptr(),
         eps,
         None if residual is None else residual.data_ptr(),
-        width,
         y.data_ptr(),
     )
     return y if residual is None else (y, residual)
@@ -75,7 +74,7 @@ def _fits(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
     return (
         x.dtype is torch.float32
         and weight.dtype is torch.float32
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.stride(-1) == 1
         and (x.dim() in (2, 3) or x.is_contiguous())
         and (residual is None or (residual.dtype is torch.float32 and residual.is_contiguous()))

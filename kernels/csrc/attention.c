@@ -253,6 +253,22 @@ static int64_t plan(const struct attention *a, struct task *tasks, float *partia
     return count;
 }
 
+/* One thread's part of all tasks. Returns -1 when memory is out. */
+static int run_tasks(const struct attention *a, const struct task *tasks, int64_t count) {
+    static __thread struct scratch mine;
+    struct workspace *ws = scratch_get(&mine, sizeof *ws);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; i++)
+        if (ws) run_task(a, tasks + i, ws);
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t i = 0; i < count; i++) {
+        const struct task *t = tasks + i;
+        const int first = t->chunk >= 0 && (i == 0 || t[-1].sequence != t->sequence || t[-1].head != t->head);
+        if (ws && first) merge_tasks(a, t, tasks + count, ws);
+    }
+    return ws ? 0 : -1;
+}
+
 /* Returns -1 when memory is out. */
 EXPORT int paged_attention(const float *q, int64_t q_stride, int64_t q_head_stride, int64_t q_heads, int64_t kv_heads,
                            int64_t d, const void *k_cache, const void *v_cache, int64_t type,
@@ -268,24 +284,9 @@ EXPORT int paged_attention(const float *q, int64_t q_stride, int64_t q_head_stri
     float *partials = scratch_get(&partial_list, (size_t)(count * group * (2 + d)) * sizeof(float));
     if (!tasks || !partials) return -1;
     plan(&a, tasks, partials);
+    if (count == 1) return run_tasks(&a, tasks, count);
     int failed = 0;
-#pragma omp parallel num_threads(count > 1 ? omp_get_max_threads() : 1)
-    {
-        static __thread struct scratch mine;
-        struct workspace *ws = scratch_get(&mine, sizeof *ws);
-        if (!ws) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++)
-            if (ws) run_task(&a, tasks + i, ws);
-#pragma omp for schedule(dynamic, 8)
-        for (int64_t i = 0; i < count; i++) {
-            const struct task *t = tasks + i;
-            const int first = t->chunk >= 0 && (i == 0 || t[-1].sequence != t->sequence || t[-1].head != t->head);
-            if (ws && first) merge_tasks(&a, t, tasks + count, ws);
-        }
-    }
-    return failed ? -1 : 0;
+#pragma omp parallel reduction(| : failed)
+    failed |= run_tasks(&a, tasks, count);
+    return failed;
 }

@@ -21,6 +21,22 @@ INLINE void split(int64_t count, int64_t unit, int parts, int index, int64_t *be
     *end = MIN(count, units * (index + 1) / parts * unit);
 }
 
+/* Runs `statement`, which works on items [begin, end) of `count`, on one thread or on all; a team of one is not even
+ * entered, as that alone would cost more than a small row's work. */
+#define OVER_ITEMS(count, cost, statement)                                                  \
+    do {                                                                                    \
+        const int over_threads = threads_for(cost);                                         \
+        int64_t begin = 0, end = (count);                                                   \
+        if (over_threads == 1) {                                                            \
+            statement;                                                                      \
+        } else {                                                                            \
+            _Pragma("omp parallel num_threads(over_threads) private(begin, end)") {         \
+                split((count), 1, omp_get_num_threads(), omp_get_thread_num(), &begin, &end); \
+                statement;                                                                  \
+            }                                                                               \
+        }                                                                                   \
+    } while (0)
+
 /* Grow-only, 64-byte aligned, one per thread and purpose; NULL when memory is out. */
 struct scratch {
     void *memory;

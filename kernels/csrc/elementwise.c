@@ -2,13 +2,11 @@
  * Strides are in elements; the last dimension is always contiguous. */
 #include "common.h"
 
-/* residual += x (where given), y = x / sqrt(mean(x^2) + eps) * weight; x is [outer][inner][d], y contiguous. */
-EXPORT int rms_norm(const float *x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t d,
-                    const float *weight, float eps, float *residual, int64_t residual_stride, float *y) {
-#pragma omp parallel for num_threads(threads_for(outer *inner *d / 8))
-    for (int64_t row = 0; row < outer * inner; row++) {
+static void norm_rows(const float *x, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t d,
+                      const float *weight, float eps, float *residual, float *y, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
         const float *in = x + row / inner * outer_stride + row % inner * inner_stride;
-        float *sum = residual ? residual + row * residual_stride : NULL, *out = y + row * d;
+        float *sum = residual ? residual + row * d : NULL, *out = y + row * d;
         vf squares[4] = {vf_set1(0.0f), vf_set1(0.0f), vf_set1(0.0f), vf_set1(0.0f)};
         for (int64_t i = 0; i < d; i += LANES) {
             const int count = (int)MIN(LANES, d - i);
@@ -29,6 +27,13 @@ EXPORT int rms_norm(const float *x, int64_t outer, int64_t inner, int64_t outer_
             vf_store_some(F32, out + i, vf_mul(vf_load_some(F32, weight + i, count), normed), count);
         }
     }
+}
+
+/* residual += x (where given), y = x / sqrt(mean(x^2) + eps) * weight; x is [outer][inner][d], the others contiguous. */
+EXPORT int rms_norm(const float *x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t d,
+                    const float *weight, float eps, float *residual, float *y) {
+    OVER_ITEMS(outer * inner, outer * inner * d / 8,
+               norm_rows(x, inner, outer_stride, inner_stride, d, weight, eps, residual, y, begin, end));
     return 0;
 }
 
@@ -42,6 +47,14 @@ static void rotate(float *x, int64_t half, const float *cosine, const float *sin
     }
 }
 
+static void rotate_rows(float *x, int64_t stride, int64_t head_stride, int64_t heads, int64_t d, const int64_t *positions,
+                        const float *cos_sin, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+        const float *cosine = cos_sin + positions[i] * d, *sine = cosine + d / 2;
+        for (int64_t h = 0; h < heads; h++) rotate(x + i * stride + h * head_stride, d / 2, cosine, sine);
+    }
+}
+
 /* Half-split rotation of q [t][q_heads][d] and k [t][k_heads][d] in place; cos_sin [max_pos][d], cosines first.
  * Returns 1 when a position is out of range. */
 EXPORT int rope(float *q, int64_t q_stride, int64_t q_head_stride, int64_t q_heads, float *k, int64_t k_stride,
@@ -49,20 +62,15 @@ EXPORT int rope(float *q, int64_t q_stride, int64_t q_head_stride, int64_t q_hea
                 const float *cos_sin, int64_t max_pos) {
     for (int64_t i = 0; i < t; i++)
         if (positions[i] < 0 || positions[i] >= max_pos) return 1;
-#pragma omp parallel for num_threads(threads_for(t *(q_heads + k_heads) * d / 8))
-    for (int64_t i = 0; i < t; i++) {
-        const float *cosine = cos_sin + positions[i] * d, *sine = cosine + d / 2;
-        for (int64_t h = 0; h < q_heads; h++) rotate(q + i * q_stride + h * q_head_stride, d / 2, cosine, sine);
-        for (int64_t h = 0; h < k_heads; h++) rotate(k + i * k_stride + h * k_head_stride, d / 2, cosine, sine);
-    }
+    const int64_t cost = t * (q_heads + k_heads) * d / 8;
+    OVER_ITEMS(t, cost, rotate_rows(q, q_stride, q_head_stride, q_heads, d, positions, cos_sin, begin, end);
+               rotate_rows(k, k_stride, k_head_stride, k_heads, d, positions, cos_sin, begin, end));
     return 0;
 }
 
-/* y = gate / (1 + exp(-gate)) * up; gate_up [m][stride], gate in the first n columns. */
-EXPORT int silu_mul(const float *gate_up, int64_t m, int64_t stride, int64_t n, float *y) {
+static void silu_rows(const float *gate_up, int64_t stride, int64_t n, float *y, int64_t begin, int64_t end) {
     const vf one = vf_set1(1.0f), zero = vf_set1(0.0f);
-#pragma omp parallel for num_threads(threads_for(m *n))
-    for (int64_t row = 0; row < m; row++) {
+    for (int64_t row = begin; row < end; row++) {
         const float *gate = gate_up + row * stride;
         for (int64_t i = 0; i < n; i += LANES) {
             const int count = (int)MIN(LANES, n - i);
@@ -71,6 +79,11 @@ EXPORT int silu_mul(const float *gate_up, int64_t m, int64_t stride, int64_t n, 
             vf_store_some(F32, y + row * n + i, vf_mul(silu, up), count);
         }
     }
+}
+
+/* y = gate / (1 + exp(-gate)) * up; gate_up [m][stride], gate in the first n columns. */
+EXPORT int silu_mul(const float *gate_up, int64_t m, int64_t stride, int64_t n, float *y) {
+    OVER_ITEMS(m, m * n, silu_rows(gate_up, stride, n, y, begin, end));
     return 0;
 }
 
@@ -81,6 +94,22 @@ INLINE void store_row(const enum elem type, const float *x, void *cache, int64_t
     }
 }
 
+static void store_rows(const enum elem type, const float *x, int64_t stride, int64_t head_stride, void *cache,
+                       int64_t heads, int64_t block_size, int64_t d, const int64_t *slots, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+        if (slots[i] < 0) continue;
+        for (int64_t h = 0; h < heads; h++) {
+            const int64_t at = ((slots[i] / block_size * heads + h) * block_size + slots[i] % block_size) * d;
+            const float *row = x + i * stride + h * head_stride;
+            switch (type) {
+                case BF16: store_row(BF16, row, cache, at, d); break;
+                case F16: store_row(F16, row, cache, at, d); break;
+                default: store_row(F32, row, cache, at, d);
+            }
+        }
+    }
+}
+
 /* Rows of k and v [t][heads][d] to slots of the caches [blocks][heads][block_size][d]; slot -1 skips the row.
  * Returns 1 when a slot is out of range. */
 EXPORT int kv_store(const float *k, int64_t k_stride, int64_t k_head_stride, const float *v, int64_t v_stride,
@@ -88,23 +117,9 @@ EXPORT int kv_store(const float *k, int64_t k_stride, int64_t k_head_stride, con
                     int64_t block_size, int64_t d, const int64_t *slots, int64_t t) {
     for (int64_t i = 0; i < t; i++)
         if (slots[i] < -1 || slots[i] >= blocks * block_size) return 1;
-#pragma omp parallel for num_threads(threads_for(t *heads *d / 4))
-    for (int64_t i = 0; i < t; i++) {
-        if (slots[i] < 0) continue;
-        for (int64_t h = 0; h < heads; h++) {
-            const int64_t at = ((slots[i] / block_size * heads + h) * block_size + slots[i] % block_size) * d;
-            const float *key = k + i * k_stride + h * k_head_stride, *value = v + i * v_stride + h * v_head_stride;
-            if (type == BF16) {
-                store_row(BF16, key, k_cache, at, d);
-                store_row(BF16, value, v_cache, at, d);
-            } else if (type == F16) {
-                store_row(F16, key, k_cache, at, d);
-                store_row(F16, value, v_cache, at, d);
-            } else {
-                store_row(F32, key, k_cache, at, d);
-                store_row(F32, value, v_cache, at, d);
-            }
-        }
-    }
+    const enum elem e = (enum elem)type;
+    OVER_ITEMS(t, t * heads * d / 4,
+               store_rows(e, k, k_stride, k_head_stride, k_cache, heads, block_size, d, slots, begin, end);
+               store_rows(e, v, v_stride, v_head_stride, v_cache, heads, block_size, d, slots, begin, end));
     return 0;
 }

@@ -228,13 +228,28 @@ static void share_kind(const struct linear *l, const struct rows *r, const float
     }
 }
 
+/* One thread's part of packing the rows and of multiplying them. */
+static void rows_forward(const struct linear *l, const struct rows *r, const float *x, int64_t ldx, float *packed,
+                         float *y, int64_t ldy) {
+    struct workspace ws __attribute__((aligned(64)));
+    int64_t begin, end;
+    split(r->tiles, 1, omp_get_num_threads(), omp_get_thread_num(), &begin, &end);
+    pack_rows(r, x, ldx, l->in_features, packed, begin, end);
+#pragma omp barrier
+    share_kind(l, r, x, packed, y, ldy, &ws);
+}
+
 /* x [m][ldx] float32, y [m][ldy] float32. Returns 0, or -1 when memory is out. */
 EXPORT int linear_forward(const struct linear *l, const float *x, int64_t m, int64_t ldx, float *y, int64_t ldy) {
     static __thread struct scratch packed_rows;
     const int threads = threads_for(l->in_features * l->out_features / 16 * m / 2);
     if (m == 1 && l->in_features % BLOCK_K == 0) {
+        if (threads == 1) {
+            share_kind(l, NULL, x, NULL, y, ldy, NULL);
+        } else {
 #pragma omp parallel num_threads(threads)
-        share_kind(l, NULL, x, NULL, y, ldy, NULL);
+            share_kind(l, NULL, x, NULL, y, ldy, NULL);
+        }
         return 0;
     }
     for (int64_t m0 = 0; m0 < m; m0 += SUPERBLOCK) {
@@ -244,17 +259,22 @@ EXPORT int linear_forward(const struct linear *l, const float *x, int64_t m, int
         r.longer = r.count % r.tiles;
         float *packed = scratch_get(&packed_rows, (size_t)(r.count * padded(l->in_features)) * sizeof(float));
         if (!packed) return -1;
+        if (threads == 1) {
+            rows_forward(l, &r, x + m0 * ldx, ldx, packed, y + m0 * ldy, ldy);
+        } else {
 #pragma omp parallel num_threads(threads)
-        {
-            struct workspace ws __attribute__((aligned(64)));
-            int64_t begin, end;
-            split(r.tiles, 1, omp_get_num_threads(), omp_get_thread_num(), &begin, &end);
-            pack_rows(&r, x + m0 * ldx, ldx, l->in_features, packed, begin, end);
-#pragma omp barrier
-            share_kind(l, &r, x, packed, y + m0 * ldy, ldy, &ws);
+            rows_forward(l, &r, x + m0 * ldx, ldx, packed, y + m0 * ldy, ldy);
         }
     }
     return 0;
+}
+
+static void copy_rows(enum elem type, const void *words, int64_t k_count, const int64_t *ids, float *out, int64_t begin,
+                      int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+        const void *tile = elem_at(type, words, ids[t] / LANES * k_count * LANES);
+        for (int64_t k = 0; k < k_count; k++) out[t * k_count + k] = elem_load(type, tile, k * LANES + ids[t] % LANES);
+    }
 }
 
 /* out[t] = W[ids[t]] in float32; dense weights only. Returns 0, or 1 when an id is out of range. */
@@ -263,10 +283,6 @@ EXPORT int linear_rows(const struct linear *l, const int64_t *ids, int64_t count
     const enum elem type = (enum elem)l->kind;
     for (int64_t t = 0; t < count; t++)
         if (ids[t] < 0 || ids[t] >= l->out_features) return 1;
-#pragma omp parallel for num_threads(threads_for(count * k_count))
-    for (int64_t t = 0; t < count; t++) {
-        const void *tile = elem_at(type, l->parts->words, ids[t] / LANES * k_count * LANES);
-        for (int64_t k = 0; k < k_count; k++) out[t * k_count + k] = elem_load(type, tile, k * LANES + ids[t] % LANES);
-    }
+    OVER_ITEMS(count, count * k_count, copy_rows(type, l->parts->words, k_count, ids, out, begin, end));
     return 0;
 }

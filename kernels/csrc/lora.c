@@ -128,6 +128,32 @@ static void expand_typed(int64_t type, const struct page *pages, const struct ta
     }
 }
 
+struct work {
+    const struct page *pages;
+    const struct target *targets;
+    int64_t page_count, target_count, k_count, ldx, type;
+    float *y;
+    int64_t ldy;
+};
+
+/* One thread's part: shrink tasks of four ranks, a barrier, expand tasks of COLUMNS columns. */
+static void run(const struct work *w) {
+    enum { PARTS = RANK / RANKS_AT_ONCE };
+    int64_t widest = 0;
+    for (int64_t i = 0; i < w->target_count; i++) widest = MAX(widest, w->targets[i].size);
+    const int64_t column_tasks = (widest + COLUMNS - 1) / COLUMNS;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < w->page_count * PARTS; i++)
+        shrink_typed(w->type, w->pages + i / PARTS, w->k_count, w->ldx, (int)(i % PARTS) * RANKS_AT_ONCE);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < w->target_count * column_tasks; i++) {
+        const struct target *t = w->targets + i / column_tasks;
+        const int64_t from = i % column_tasks * COLUMNS, to = MIN(t->size, from + COLUMNS);
+        if (from < to)
+            expand_typed(w->type, w->pages, t, from, to, w->y + t->row * w->ldy + t->column, w->ldy);
+    }
+}
+
 /* arena of `type`; offsets [slots][layers][sites][max_pages] and scaling [slots][layers][sites] begin at the wanted
  * layer, `slot_stride` sites apart from slot to slot; called: [called_count][3] of site index, first column of y,
  * width; starts [segments + 1], slots and weights [segments][adapters]. Returns -1 when memory is out. */
@@ -136,7 +162,7 @@ EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t 
                     const int64_t *called, int64_t called_count, const int32_t *starts, const int32_t *slots,
                     const float *weights, int64_t segments, int64_t adapters) {
     static __thread struct scratch page_list, target_list, shrunk;
-    int64_t page_count = 0, target_count = 0, u_count = 0, column_tasks = 0, cost = 0;
+    int64_t page_count = 0, target_count = 0, u_count = 0, cost = 0;
     struct page *pages = NULL;
     struct target *targets = NULL;
     float *u = NULL;
@@ -179,21 +205,13 @@ EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t 
             }
         }
     }
-    int64_t widest = 0;
-    for (int64_t i = 0; i < target_count; i++) widest = MAX(widest, targets[i].size);
-    column_tasks = (widest + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel num_threads(threads_for(cost))
-    {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < page_count * (RANK / RANKS_AT_ONCE); i++)
-            shrink_typed(type, pages + i / (RANK / RANKS_AT_ONCE), k_count, ldx,
-                         (int)(i % (RANK / RANKS_AT_ONCE)) * RANKS_AT_ONCE);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < target_count * column_tasks; i++) {
-            const struct target *t = targets + i / column_tasks;
-            const int64_t from = i % column_tasks * COLUMNS, to = MIN(t->size, from + COLUMNS);
-            if (from < to) expand_typed(type, pages, t, from, to, y + t->row * ldy + t->column, ldy);
-        }
+    const struct work work = {pages, targets, page_count, target_count, k_count, ldx, type, y, ldy};
+    const int threads = threads_for(cost);
+    if (threads == 1) {
+        run(&work);
+    } else {
+#pragma omp parallel num_threads(threads)
+        run(&work);
     }
     return 0;
 }
