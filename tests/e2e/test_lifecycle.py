@@ -297,7 +297,7 @@ async def test_a_killed_engine_is_seen_at_once_and_replaced(client, server):
 
 
 async def test_sigterm_lets_streams_finish_and_exits_with_0(model, folders):
-    with serve(model, folders / "known") as server:
+    with serve(model, folders / "known", "--drain-timeout", "60") as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
             client = Client(channel)
             watch = aiter(client.health.Watch(health_pb2.HealthCheckRequest()))
@@ -305,7 +305,7 @@ async def test_sigterm_lets_streams_finish_and_exits_with_0(model, folders):
             answers = [Answer() for _ in range(3)]
             names = ((), ("adapter-2",), ("adapter-7",))
             calls = [
-                asyncio.create_task(follow(client.stream(*name, tokens=600), answer))
+                asyncio.create_task(follow(client.stream(*name, tokens=300), answer))
                 for name, answer in zip(names, answers, strict=True)
             ]
             await asyncio.gather(*(answer.begun.wait() for answer in answers))
@@ -316,5 +316,5 @@ async def test_sigterm_lets_streams_finish_and_exits_with_0(model, folders):
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
             for answer in await asyncio.gather(*calls):
                 assert answer.reason == generation_pb2.FINISH_REASON_LENGTH
-                assert len(answer.token_ids) == 600
+                assert len(answer.token_ids) == 300
         assert await asyncio.to_thread(server.process.wait, 20) == 0
