@@ -111,7 +111,8 @@ class PagePool:
         """The error for a demand that never fits; it names both sizes, in bytes."""
         needed, available = self.bytes_of(demand), self.capacity_bytes
         return PoolTooSmall(
-            f"{needed} bytes of adapters, the pinned ones included, do not fit into the pool of {available} bytes",
+            f"{needed} bytes of adapters, the pinned ones included, do not fit into the pool of {available} bytes"
+            f" ({self._slabs.slabs} slabs, each for pages of one size)",
             "adapters",
             needed=needed,
             available=available,

@@ -3,12 +3,13 @@
 The oldest lease whose content is in host memory is the head. Least recently used idle adapters go for it. If those are
 too few, adapters that are in use are closed: requests younger than the head wait, so that the users dwindle and the
 head gets in, however many requests for other adapters keep coming. What older waiting requests need stays, unless the
-head has been blocked for PATIENCE polls (they may be waiting for something else).
+head has been blocked for PATIENCE polls (they may be waiting for something else); what a head got stays for as many
+polls, so that it can start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lorry.adapters.errors import AdapterError
 from lorry.adapters.lease import Lease, Version
@@ -31,6 +32,8 @@ class Residency:
         self._closing: set[int] = set()
         self._head: Lease | None = None
         self._blocked = 0  # polls that the head has been blocked
+        self._polls = 0
+        self._grants: dict[Lease, int] = {}  # leases that got room: the poll at which it is open to others again
         self._changed = changed
         self._evicted = evicted
 
@@ -52,7 +55,7 @@ class Residency:
             return True
         if not self.resident(lease):
             return False
-        if self._head is None or lease.order <= self._head.order:
+        if self._head is None or lease.order <= self._head.order or lease in self._grants:
             return True
         return not any(version.slot in self._closing for version in lease.versions())
 
@@ -62,8 +65,10 @@ class Residency:
             assert version.slot is not None
             self.pool.acquire(version.slot)
         lease.pinned = lease.started = True
+        self._grants.pop(lease, None)
 
     def unpin(self, lease: Lease) -> None:
+        self._grants.pop(lease, None)
         if lease.pinned:
             for version in lease.versions():
                 assert version.slot is not None
@@ -86,6 +91,8 @@ class Residency:
 
     def step(self, fail: Callable[[Lease, AdapterError], None]) -> None:
         """Copy, at most COPY_BUDGET bytes, and make room. `fail` ends leases that can never be resident."""
+        self._polls += 1
+        self._grants = {lease: end for lease, end in self._grants.items() if end > self._polls}
         budget = self._fill(COPY_BUDGET)
         while budget > 0:
             head = self._next_head()
@@ -100,6 +107,7 @@ class Residency:
                 fail(head, self.pool.too_small(demand))
             elif self._make_room(head, needed):
                 self._closing.clear()
+                self._grants[head] = self._polls + PATIENCE
                 for version in needed:
                     self._reserve(version)
                 budget = self._fill(budget)
@@ -143,7 +151,10 @@ class Residency:
         """Evict what may go; when that is too little, close what is in use."""
         demand = self.pool.demand(v.host for v in needed if v.host is not None)
         own = {v.slot for v in head.versions() if v.slot is not None}
-        protected = own | (self._awaited(head.order) if self._blocked < PATIENCE else set())
+        protected = own | self._slots_of(self._grants)
+        if self._blocked < PATIENCE:
+            older = (lease for v in self.by_slot.values() for lease in v.leases if lease.order < head.order)
+            protected |= self._slots_of(lease for lease in older if not lease.pinned)
         victims = self.pool.make_room(demand, len(needed), protected)
         if victims is None:
             others = [
@@ -159,13 +170,9 @@ class Residency:
                 self._evict(self.by_slot[slot])
         return True
 
-    def _awaited(self, order: int) -> set[int]:
-        """Slots that older leases wait for."""
-        return {
-            slot
-            for slot, version in self.by_slot.items()
-            if any(lease.order < order and not lease.pinned for lease in version.leases)
-        }
+    @staticmethod
+    def _slots_of(leases: Iterable[Lease]) -> set[int]:
+        return {version.slot for lease in leases for version in lease.versions() if version.slot is not None}
 
     def _reserve(self, version: Version) -> None:
         assert version.host is not None
