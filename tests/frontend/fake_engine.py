@@ -46,6 +46,7 @@ ECHO, FOREVER, DIE, STALL, REFUSE = 1, 2, 3, 4, 5
 
 
 def main() -> None:
+    parent = os.getppid()
     config = engine_config_from_json(sys.stdin.buffer.read())
     script = config.model.split(",")
     context = zmq.Context()
@@ -71,7 +72,7 @@ def main() -> None:
     decoder = msgspec.msgpack.Decoder(list[m.Command])
     forever: dict[str, itertools.count[int]] = {}
     adapters: dict[str, m.AdapterInfo] = {}
-    while True:
+    while os.getppid() == parent:
         commands = decoder.decode(socket.recv()) if socket.poll(2) else []
         out: list[m.EngineMessage] = []
         for command in commands:
