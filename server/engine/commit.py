@@ -166,17 +166,17 @@ class Committer:
 
     def _extend(self, sequence: Sequence, way: Continuation, now: float) -> None:
         """Append the tokens up to the one that ends the sequence, and show what need not be held."""
+        finish: FinishReason | None = None
         if way.final:
             del sequence.output[sequence.shown :], sequence.logprobs[:]
-        finish: FinishReason | None = None
         for place, token_id in enumerate(way.token_ids):
             sequence.output.append(token_id)
             if way.logprobs is not None:
                 sequence.logprobs.append(way.logprobs[place])
-            if not way.held and (finish := self._reason(sequence, token_id)) is not None:
+            if not way.held and not way.final and (finish := self._reason(sequence, token_id)) is not None:
                 break
-        if way.final and finish is None:
-            finish = FinishReason.LENGTH
+        if way.final:
+            finish = self._reason(sequence, way.token_ids[-1]) or FinishReason.LENGTH
         shown = len(sequence.output) - way.held
         if shown > sequence.shown or finish is not None:
             self._tell(sequence, sequence.index, finish, now, shown)

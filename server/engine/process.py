@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Sequence
 from typing import cast
 
+import msgspec
 import torch
 
 from lorry.kernels import native
@@ -47,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _follow_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    config = engine_config_from_json(sys.stdin.buffer.read())
+    try:
+        config = engine_config_from_json(sys.stdin.buffer.read())
+    except msgspec.DecodeError as error:
+        log.error("the configuration on stdin is refused: %s", error)
+        return EXIT_REFUSED
     channel = SocketChannel(address)
     try:
         _serve(config, channel)

@@ -57,7 +57,6 @@ def tokens_of(answers: list[Answer]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_each_row_of_a_mixed_batch_equals_its_solo_run(build: Any, generate: Any, mix: str) -> None:
     requests = [
         generate(str(i), prompt(length), 4 + i % 5, temperature=0.9 * (i % 2), seed=i, adapters=adapters)
