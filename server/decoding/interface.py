@@ -128,6 +128,7 @@ class Strategy(Protocol):
 
     def forked(self, parent: int, child: int) -> None:
         """The engine forked a sequence; both are keys. For state that is dear to derive from the tokens."""
+        return
 
     def release(self, key: int) -> None:
         """The sequence has ended: forget its state. Keys never seen are legal."""
