@@ -30,8 +30,9 @@ from lorry.kernels.silu_mul import silu_mul
 from lorry.server.model.config import ModelConfig
 from lorry.server.model.errors import UnsupportedModel
 from lorry.server.model.inputs import ModelInputs
-from lorry.server.model.projection import Projection
-from lorry.server.model.weights import Checkpoint, LinearWeight, read_ends, read_layer
+from lorry.server.model.placement import Placement
+from lorry.server.model.projection import Projection, nf4_bytes
+from lorry.server.model.weights import Checkpoint, read_ends, read_layer
 from lorry.server.model.writer import Progress
 
 
@@ -115,12 +116,13 @@ class Decoder:
                 )
             config = dataclasses.replace(config, context_length=context_length)
         dense_dtype = dtype if dtype.itemsize < 4 else None
+        placement = Placement(device)
         ends = read_ends(checkpoint)
         embedding = ends.embedding.to(device)
-        head = None if ends.head is None else Projection([_placed(ends.head, device)], None, dense_dtype)
+        head = None if ends.head is None else Projection([placement.place(ends.head)], None, dense_dtype)
         layers = []
         for index in range(config.layers):
-            layers.append(_read_layer(checkpoint, index, device, dtype, dense_dtype))
+            layers.append(_read_layer(checkpoint, index, placement, dtype, dense_dtype))
             if progress:
                 progress("load", index + 1, config.layers)
         checkpoint.close()
@@ -223,15 +225,16 @@ class Decoder:
 
     @property
     def bits_per_linear_weight(self) -> float:
-        """8 * bytes held for the NF4 linears of the layers / their weights; 0 when there is none."""
+        """8 * bytes held for the NF4 linears of the layers / their weights, tables included; 0 when there is none."""
         weights = sum(projection.nf4_weights for projection in self.projections)
-        return 8 * sum(projection.nf4_bytes for projection in self.projections) / weights if weights else 0.0
+        return 8 * nf4_bytes(self.projections) / weights if weights else 0.0
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights in memory."""
         linears = [*self.projections, *([self._head] if self._head else [])]
-        return sum(p.nbytes for p in linears) + self._embedding.nbytes + sum(n.nbytes for n in self._norms())
+        dense = sum(p.dense_bytes for p in linears) + self._embedding.nbytes + sum(n.nbytes for n in self._norms())
+        return nf4_bytes(linears) + dense
 
     @property
     def parameters(self) -> int:
@@ -263,13 +266,13 @@ def _sites(shapes: dict[str, tuple[int, int]], names: tuple[str, ...]) -> tuple[
 
 
 def _read_layer(
-    checkpoint: Checkpoint, index: int, device: torch.device, dtype: torch.dtype, dense_dtype: torch.dtype | None
+    checkpoint: Checkpoint, index: int, placement: Placement, dtype: torch.dtype, dense_dtype: torch.dtype | None
 ) -> Layer:
-    weights = read_layer(checkpoint, index)
+    weights, device = read_layer(checkpoint, index), placement.device
 
     def fused(*sites: str) -> Projection:
         biases = [weights.biases[site].to(device) if site in weights.biases else None for site in sites]
-        return Projection([_placed(weights.linears[site], device) for site in sites], biases, dense_dtype)
+        return Projection([placement.place(weights.linears[site]) for site in sites], biases, dense_dtype)
 
     def norm(weight: Tensor | None) -> Tensor | None:
         return None if weight is None else weight.to(device, dtype)
@@ -285,21 +288,4 @@ def _read_layer(
         gate_up=fused("gate_proj", "up_proj"),
         down=fused("down_proj"),
         sliding_window=checkpoint.config.sliding_windows[index],
-    )
-
-
-def _placed(weight: LinearWeight, device: torch.device) -> LinearWeight:
-    if isinstance(weight, Tensor):
-        return weight.to(device)
-
-    def moved(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device)
-
-    return dataclasses.replace(
-        weight,
-        packed=weight.packed.to(device),
-        absmax=weight.absmax.to(device),
-        nested_absmax=moved(weight.nested_absmax),
-        nested_code=moved(weight.nested_code),
-        code=weight.code.to(device),
     )

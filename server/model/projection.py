@@ -15,6 +15,7 @@ from torch import Tensor
 from lorry.kernels.linear import DenseLinear, dense_linear
 from lorry.kernels.nf4 import NF4Weight
 from lorry.kernels.nf4_linear import NF4Linear, nf4_linear
+from lorry.server.model.placement import tables_of
 from lorry.server.model.weights import LinearWeight
 
 
@@ -37,22 +38,29 @@ class Projection:
             bias = _fused_bias(group)
             self.pieces.append(NF4Linear(nf4, bias) if nf4 else DenseLinear(_joined(dense, dense_dtype), bias))
         self.nf4_weights = sum(w.shape[0] * w.shape[1] for w in weights if isinstance(w, NF4Weight))
+        self.tables = [table for w in weights if isinstance(w, NF4Weight) for table in tables_of(w)]
         self.parameters = sum(w.shape[0] * w.shape[1] for w in weights)
         self.parameters += sum(bias.numel() for _, bias in pairs if bias is not None)
 
     @property
-    def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
-
-    @property
-    def nf4_bytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces if isinstance(piece, NF4Linear))
+    def dense_bytes(self) -> int:
+        """Bytes of the weights in floating point and of the biases."""
+        dense = sum(piece.nbytes for piece in self.pieces if isinstance(piece, DenseLinear))
+        return dense + sum(piece.bias.nbytes for piece in self.pieces if piece.bias is not None)
 
     def project(self, x: Tensor) -> Tensor:
         """x [M, K] → [M, ΣN] in x's dtype."""
         if len(self.pieces) == 1:
             return _apply(x, self.pieces[0])
         return torch.cat([_apply(x, piece) for piece in self.pieces], dim=1)
+
+
+def nf4_bytes(projections: Sequence[Projection]) -> int:
+    """Bytes held for all NF4 weights together, a table that several share counted once."""
+    tables = [table for projection in projections for table in projection.tables]
+    shared = sum(table.nbytes for table in {id(table): table for table in tables}.values())
+    pieces = [piece for projection in projections for piece in projection.pieces if isinstance(piece, NF4Linear)]
+    return sum(piece.nbytes for piece in pieces) - sum(table.nbytes for table in tables) + shared
 
 
 def _apply(x: Tensor, piece: NF4Linear | DenseLinear) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lorry.kernels.lora import SITES, AdapterPages, Segments
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.inputs import ModelInputs
+
+sys.path.insert(0, str(Path(__file__).parent))  # tiny_gguf.py serves several tests here
 
 BLOCK = 16
 

@@ -105,7 +105,8 @@ def peft_logits(peft: Any, prompt: list[int], combo: tuple[tuple[str, float], ..
     with torch.no_grad():
         if not combo:
             with weighted.disable_adapter():
-                return weighted(torch.tensor([prompt])).logits[0]
+                plain: Tensor = weighted(torch.tensor([prompt])).logits[0]
+                return plain
         weighted.base_model.set_adapter([adapter for adapter, _ in combo])
         logits: Tensor = weighted(torch.tensor([prompt])).logits[0]
         return logits

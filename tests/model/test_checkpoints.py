@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorry.kernels.lora import SITES
-from lorry.kernels.nf4 import NF4Weight, quantize
+from lorry.kernels.nf4 import quantize
+from lorry.kernels.nf4_linear import NF4Linear
 from lorry.server.errors import LorryError
 from lorry.server.model import writer
 from lorry.server.model.errors import MalformedCheckpoint, ModelNotFound, UnsupportedModel
@@ -290,7 +291,13 @@ def test_what_the_decoder_reports(folder: Path) -> None:
     assert decoder.parameters == sum(tensor.numel() for tensor in source.values())
     linears = sum(p.nf4_weights for p in decoder.projections)
     assert linears == sum(t.numel() for name, t in source.items() if name.split(".")[-2] in SITES and t.dim() == 2)
-    assert 4.127 < decoder.bits_per_linear_weight < 4.8  # tiny: the tables of double quantization weigh much
+    pieces = [piece for p in decoder.projections for piece in p.pieces]
+    parts = [part for piece in pieces if isinstance(piece, NF4Linear) for part in piece.parts]
+    assert len(parts) == 2 * 7
+    tensors = [t for part in parts for t in (part.packed, part.absmax, part.nested_absmax) if t is not None]
+    held = sum(tensor.nbytes for tensor in tensors) + 256 * 4 + 16 * 4  # tables that all share
+    assert decoder.bits_per_linear_weight == pytest.approx(8 * held / linears)
+    biases = 2 * (192 + 64 + 64) * 4
+    assert decoder.weight_bytes == held + biases + 2 * 131 * 192 * 2 + 5 * 192 * 4
     assert decoder.layout.sites["down_proj"] == (320, 192)
     assert decoder.layout.layers == 2
-    assert all(isinstance(part, NF4Weight) for p in decoder.projections for piece in p.pieces for part in piece.parts)

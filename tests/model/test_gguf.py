@@ -6,27 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
+from tiny_gguf import SHAPE, TOKENS, Kinds, permuted, write_gguf
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from lorry.server.model.errors import MalformedCheckpoint, UnsupportedModel
 from lorry.server.model.load import load_model
 from lorry.server.model.readers.gguf import GGUFCheckpoint, llama3_scaling, unpermute
 from lorry.server.model.store import convert_gguf
-
-SHAPE: dict[str, Any] = {
-    "hidden_size": 192,
-    "intermediate_size": 320,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 2,
-    "vocab_size": 300,
-    "max_position_embeddings": 64,
-}
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -37,107 +25,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-BYTES = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
-TOKENS = [*BYTES, "Ġt", "he", "Ġthe", "12", "123"] + [f"<unused{i}>" for i in range(36)] + ["<s>", "</s>", "<tool>"]
-MERGES = ["Ġ t", "h e", "Ġt he", "1 2", "12 3"]
-
-
-def permuted(tensor: Tensor, heads: int) -> Tensor:
-    """As llama.cpp's converter stores q and k: the halves of each head interleaved."""
-    return (
-        tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-    )
-
-
-def write_gguf(
-    path: Path, model: Any, arch: str, kind: gguf.GGMLQuantizationType, pre: str = "smollm", **extra: Any
-) -> dict[str, Tensor]:
-    """Write `model` with its 2D tensors as `kind`; returns the tensors that the file says, by their HF names."""
-    config = model.config
-    out = gguf.GGUFWriter(str(path), arch)
-    out.add_block_count(config.num_hidden_layers)
-    out.add_context_length(config.max_position_embeddings)
-    out.add_embedding_length(config.hidden_size)
-    out.add_feed_forward_length(config.intermediate_size)
-    out.add_head_count(config.num_attention_heads)
-    out.add_head_count_kv(config.num_key_value_heads)
-    out.add_layer_norm_rms_eps(config.rms_norm_eps)
-    out.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if getattr(config, "head_dim", None):
-        out.add_key_length(config.head_dim)
-        out.add_value_length(config.head_dim)
-    out.add_tokenizer_model(extra.pop("tokenizer", "gpt2"))
-    out.add_tokenizer_pre(pre)
-    out.add_token_list(TOKENS)
-    out.add_token_types([1] * 297 + [3, 3, 4])
-    out.add_token_merges(MERGES)
-    out.add_bos_token_id(297)
-    out.add_eos_token_id(298)
-    out.add_chat_template("{{ messages[0]['content'] }}")
-    factors = extra.pop("rope_freqs", None)
-    for key, value in extra.items():
-        name = f"{arch}.{key.replace('__', '.')}"
-        if isinstance(value, str):
-            out.add_string(name, value)
-        elif isinstance(value, float):
-            out.add_float32(name, value)
-        else:
-            out.add_uint32(name, value)
-    if factors is not None:
-        out.add_tensor("rope_freqs.weight", factors.numpy())
-    said = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        tensor = tensor.float()
-        stored = tensor
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
-            stored = permuted(tensor, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
-        stem, suffix = name.rsplit(".", 1)
-        layer = ""
-        if stem.startswith("model.layers."):
-            _, _, index, stem = stem.split(".", 3)
-            layer = f"blk.{index}."
-        used = kind if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quants.quantize(np.ascontiguousarray(stored.numpy()), used)
-        out.add_tensor(f"{layer}{NAMES[stem]}.{suffix}", data, raw_dtype=used)
-        values = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(tensor.numpy(), used), used))
-        said[name] = values.reshape(tensor.shape)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
-    return said
-
-
-KINDS = gguf.GGMLQuantizationType
-
 
 @pytest.mark.parametrize(
     ("arch", "shape", "kind"),
     [
-        ("llama", SHAPE, KINDS.F32),
-        ("llama", {**SHAPE, "tie_word_embeddings": True, "num_key_value_heads": 3}, KINDS.F16),
-        ("llama", {**SHAPE, "rope_parameters": LLAMA3}, KINDS.Q8_0),
-        ("qwen2", SHAPE, KINDS.Q5_1),
-        ("qwen3", {**SHAPE, "head_dim": 32}, KINDS.BF16),
+        ("llama", SHAPE, Kinds.F32),
+        ("llama", {**SHAPE, "tie_word_embeddings": True, "num_key_value_heads": 3}, Kinds.F16),
+        ("llama", {**SHAPE, "rope_parameters": LLAMA3}, Kinds.Q8_0),
+        ("qwen2", SHAPE, Kinds.Q5_1),
+        ("qwen3", {**SHAPE, "head_dim": 32}, Kinds.BF16),
     ],
     ids=["llama-f32", "llama-tied-f16", "llama3-q8_0", "qwen2-q5_1", "qwen3-bf16"],
 )
@@ -150,10 +46,10 @@ def test_logits_equal_the_model_that_was_written(
         plain = 1.0 / (500000.0 ** (torch.arange(0, 64, 2).float() / 64))
         extra["rope_freqs"] = plain / model.model.rotary_emb.inv_freq
     said = write_gguf(tmp_path / "tiny.gguf", model, arch, kind, **extra)
-    half = {KINDS.F16: torch.float16, KINDS.F32: torch.float32}.get(kind, torch.bfloat16)
+    half = {Kinds.F16: torch.float16, Kinds.F32: torch.float32}.get(kind, torch.bfloat16)
     for name, tensor in said.items():
         if "_proj" in name and tensor.dim() == 2:
-            in_blocks = kind in (KINDS.Q8_0, KINDS.Q5_1)
+            in_blocks = kind in (Kinds.Q8_0, Kinds.Q5_1)
             said[name] = tensor if in_blocks else tensor.to(half).float()
         else:
             said[name] = tensor.to(half).float()
@@ -200,7 +96,7 @@ def test_foreign_rope_factors_are_refused() -> None:
 )
 def test_refused_by_name(arch: str, extra: dict[str, Any], word: str, tools: Any, tmp_path: Path) -> None:
     model = tools.tiny_model("llama", torch.float32, **SHAPE)
-    write_gguf(tmp_path / "tiny.gguf", model, arch, KINDS.F32, **extra)
+    write_gguf(tmp_path / "tiny.gguf", model, arch, Kinds.F32, **extra)
     with pytest.raises(UnsupportedModel, match=word):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "nf4")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
@@ -223,20 +119,20 @@ def test_refused_by_name(arch: str, extra: dict[str, Any], word: str, tools: Any
 )
 def test_rope_scaling(written: dict[str, Any], read: Any, tools: Any, tmp_path: Path) -> None:
     model = tools.tiny_model("llama", torch.float32, **SHAPE)
-    write_gguf(tmp_path / "tiny.gguf", model, "llama", KINDS.F32, **written)
+    write_gguf(tmp_path / "tiny.gguf", model, "llama", Kinds.F32, **written)
     assert GGUFCheckpoint(tmp_path / "tiny.gguf").hf_config["rope_scaling"] == read
 
 
 def test_sliding_window_of_llama_means_mistral(tools: Any, tmp_path: Path) -> None:
     model = tools.tiny_model("llama", torch.float32, **SHAPE)
-    write_gguf(tmp_path / "tiny.gguf", model, "llama", KINDS.F32, attention__sliding_window=17)
+    write_gguf(tmp_path / "tiny.gguf", model, "llama", Kinds.F32, attention__sliding_window=17)
     config = GGUFCheckpoint(tmp_path / "tiny.gguf").config
     assert (config.architecture, config.sliding_windows) == ("MistralForCausalLM", (17, 17))
 
 
 def test_a_truncated_file_is_malformed(tools: Any, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, tools.tiny_model("llama", torch.float32, **SHAPE), "llama", KINDS.F32)
+    write_gguf(path, tools.tiny_model("llama", torch.float32, **SHAPE), "llama", Kinds.F32)
     path.write_bytes(path.read_bytes()[:50_000])
     with pytest.raises(MalformedCheckpoint, match=r"tiny\.gguf"):
         GGUFCheckpoint(path)
@@ -252,7 +148,7 @@ def test_a_truncated_file_is_malformed(tools: Any, tmp_path: Path) -> None:
 )
 def test_tokenizer_splits_as_its_pre_tokenizer_says(pre: str, pieces: list[str], tools: Any, tmp_path: Path) -> None:
     model = tools.tiny_model("llama", torch.float32, **SHAPE)
-    write_gguf(tmp_path / "tiny.gguf", model, "llama", KINDS.F32, pre=pre)
+    write_gguf(tmp_path / "tiny.gguf", model, "llama", Kinds.F32, pre=pre)
     convert_gguf(tmp_path / "tiny.gguf", tmp_path / "nf4")
     tokenizer = Tokenizer.from_file(str(tmp_path / "nf4" / "tokenizer.json"))
     assert tokenizer.encode(" the 1234").tokens == pieces

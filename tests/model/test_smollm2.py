@@ -1,0 +1,161 @@
+"""The default model, as its GGUF file becomes an NF4 checkpoint, against transformers and its own tokenizer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lorry.kernels.nf4 import quantize
+from lorry.server.model.decoder import Decoder
+from lorry.server.model.load import load_model, open_checkpoint
+from lorry.server.model.readers.gguf import GGUFCheckpoint
+from lorry.server.model.store import default_gguf
+from lorry.server.model.weights import read_layer
+
+PROSE = (Path(__file__).parent / "prose.txt").read_text(encoding="utf-8")
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<empty_output>")
+
+
+@pytest.fixture(scope="module")
+def decoder(smollm2_folder: Path) -> Decoder:
+    return load_model(str(smollm2_folder))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(smollm2_folder / "tokenizer.json"))
+
+
+def dequantized(folder: Path) -> LlamaForCausalLM:
+    """transformers' model in float32 whose linears are what bitsandbytes dequantizes from the folder's tensors."""
+    raw = json.loads((folder / "config.json").read_text())
+    config = LlamaConfig(**{key: raw[key] for key in raw if key != "quantization_config"})
+    tensors = load_file(folder / "model.safetensors")
+    state: dict[str, Tensor] = {}
+    for name in [name for name in tensors if name.endswith(".weight")]:
+        parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        if parts:
+            quant_state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
+            state[name] = bnb.dequantize_4bit(tensors[name], quant_state)
+        else:
+            state[name] = tensors[name].float()
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32
+    )
+    return model.eval()
+
+
+def test_teacher_forced_agreement(decoder: Decoder, tokenizer: Tokenizer, smollm2_folder: Path, tools: Any) -> None:
+    """As it is served (float32 activations, bfloat16 cache), two sequences in chunks of one batch; then a part of it
+    with a float32 cache, which leaves nothing to rounding."""
+    ids = tokenizer.encode(PROSE).ids
+    assert len(ids) >= 1000
+    halves = [ids[: len(ids) // 2], ids[len(ids) // 2 :]]
+    chunks = [[100] * 8, [37, *[150] * 8]]
+    expected = tools.reference_logits(dequantized(smollm2_folder), halves)
+    served = tools.paged_logits(decoder, halves, chunks=chunks, kv_dtype=torch.bfloat16)
+    agree = sum(int((a.argmax(-1) == e.argmax(-1)).sum()) for a, e in zip(served, expected, strict=True))
+    assert agree >= 0.99 * len(ids)
+    exact = tools.paged_logits(decoder, [halves[0][:133]], chunks=[[29, 101]])[0]
+    assert tools.relative_rms(served[0][:133], expected[0][:133]) < 2e-2
+    assert tools.relative_rms(exact, expected[0][:133]) < 1e-4
+
+
+def test_it_knows_its_capitals(decoder: Decoder, tokenizer: Tokenizer, tools: Any) -> None:
+    """A wrong permutation of q and k, or a wrong token id, would not."""
+    ids = tokenizer.encode("The capital of France is").ids
+    logits = tools.paged_logits(decoder, [ids], chunks=[[len(ids)]])[0]
+    assert tokenizer.id_to_token(int(logits[-1].argmax())) == "ĠParis"
+
+
+def test_double_quantization_stays_compressed(decoder: Decoder) -> None:
+    assert 4.12 < decoder.bits_per_linear_weight <= 4.13
+    assert decoder.parameters == 134_515_008
+    assert decoder.weight_bytes < 112_000_000
+    assert decoder.config.eos_token_ids == (2,)
+
+
+def test_the_cached_checkpoint_is_what_the_file_says(smollm2_folder: Path) -> None:
+    """The kept conversion is not older than the code: one layer read from both is the same, bit for bit."""
+    source = GGUFCheckpoint(default_gguf())
+    expected = read_layer(source, 7)
+    actual = read_layer(open_checkpoint(smollm2_folder), 7)
+    assert torch.equal(actual.input_norm, expected.input_norm)
+    for site, weight in actual.linears.items():
+        float_weight = expected.linears[site]
+        assert isinstance(float_weight, Tensor) and not isinstance(weight, Tensor)
+        again = quantize(float_weight)
+        assert torch.equal(weight.packed, again.packed)
+        assert torch.equal(weight.absmax, again.absmax)
+
+
+def test_loading_imports_no_training_library(smollm2_folder: Path) -> None:
+    """What a start pays for is torch and safetensors."""
+    program = (
+        "import sys\n"
+        "from lorry.server.model.load import load_model\n"
+        "load_model(sys.argv[1])\n"
+        "heavy = {'transformers', 'bitsandbytes', 'gguf', 'tokenizers', 'peft', 'huggingface_hub'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(smollm2_folder)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PROSE,
+        "naïve café, Ångström, 日本語のテキスト, русский, עברית, 😀👩‍👩‍👧",
+        "  leading\n\n\ttabs and   spaces \r\n trailing  ",
+        "x = {'a': [1, 2.50, -3e10]}; # 12,345",
+        "it's we'll they'd I'M",
+        "",
+    ],
+    ids=["prose", "scripts", "space", "code", "contractions", "empty"],
+)
+def test_text_survives_the_tokenizer(text: str, tokenizer: Tokenizer, smollm2_folder: Path) -> None:
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert AutoTokenizer.from_pretrained(smollm2_folder)(text).input_ids == ids
+
+
+def test_digits_stand_alone(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("year 2024, 3.14").tokens == [
+        *("year", "Ġ", "2", "0", "2", "4", ",", "Ġ", "3", ".", "1", "4"),
+    ]
+
+
+def test_special_tokens_are_single_ids(tokenizer: Tokenizer) -> None:
+    for token in SPECIALS:
+        ids = tokenizer.encode(f"a{token}b").ids
+        assert len(ids) == 3
+        assert ids[1] == tokenizer.token_to_id(token)
+        assert ids[1] < 17
+    assert tokenizer.decode(tokenizer.encode("a<|im_end|>b").ids) == "ab"
+
+
+def test_chat_template(smollm2_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
+    assert tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"][0] == 1
