@@ -17,6 +17,7 @@ from lorry.adapters.checkpoint import Pairs
 from lorry.adapters.errors import MalformedAdapter
 from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.spec import AdapterSpec
+from lorry.adapters.tensor_file import is_finite
 from lorry.kernels.lora import PAGE_RANK, SITES
 
 
@@ -60,7 +61,9 @@ def to_pages(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """[⌈r/16⌉, 16·(K+N)] of `dtype` from A [r, K] and B [N, r]."""
     rank, in_features = a.shape
     count = page_count(rank)
-    pages = torch.zeros(count, PAGE_RANK * (in_features + b.shape[0]), dtype=dtype)
+    pages = torch.empty(count, PAGE_RANK * (in_features + b.shape[0]), dtype=dtype)
+    if rank % PAGE_RANK:
+        pages[-1].zero_()
     split = PAGE_RANK * in_features
     for index in range(count):
         ranks = slice(index * PAGE_RANK, min((index + 1) * PAGE_RANK, rank))
@@ -78,7 +81,7 @@ def canonicalise(
     for linear, (a, b) in pairs.items():
         path = layout.module_path(*linear)
         pages = to_pages(a, b, dtype)
-        if not pages.isfinite().all():
+        if dtype != torch.float32 and not a.dtype == b.dtype == dtype and not is_finite(pages):
             name = str(dtype).removeprefix("torch.")
             raise MalformedAdapter(f"{path} has values that are too large for the pool's {name}", path)
         linears[linear] = CanonicalLinear(pages, spec.scaling_of(path))

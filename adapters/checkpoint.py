@@ -16,6 +16,7 @@ from torch import Tensor
 from lorry.adapters.errors import MalformedAdapter, WrongBase
 from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.spec import AdapterSpec
+from lorry.adapters.tensor_file import is_finite
 
 Pairs = dict[Linear, tuple[Tensor, Tensor]]
 
@@ -72,7 +73,7 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, int], rank_axis: int, sp
         raise MalformedAdapter(f"{name} has shape {list(actual)}, the config's rank asks for {list(shape)}", name)
     if actual != shape:
         raise WrongBase(f"{name} has shape {list(actual)}, this base needs {list(shape)}{_trained_on(spec)}", name)
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise MalformedAdapter(f"{name} holds NaN or infinity", name)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lorry.adapters.canonical import CanonicalAdapter, CanonicalLinear
 from lorry.adapters.errors import PoolTooSmall
@@ -20,6 +21,8 @@ from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.slabs import Demand, SlabAllocator
 from lorry.adapters.tables import Placed, SlotTables
 from lorry.kernels.lora import AdapterPages
+
+_SERIAL = 1 << 15  # elements that torch copies in one thread
 
 
 @dataclass(eq=False, slots=True)
@@ -34,6 +37,15 @@ class _Slot:
     used: int
     users: int = 0
     pinned: bool = False
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """target ← source, flat, in this thread alone: waking the others for a page costs more than to copy it.
+
+    10 MB of adapters on two busy cores: 390 ms of processor time with all threads, 35 ms in pieces.
+    """
+    for start in range(0, target.numel(), _SERIAL):
+        target[start : start + _SERIAL].copy_(source[start : start + _SERIAL])
 
 
 class PagePool:
@@ -191,7 +203,7 @@ class PagePool:
             linear, index = books.to_fill.pop()
             page = books.adapter.linears[linear].pages[index]
             offset = books.offsets[linear][index]
-            self.pages.arena[offset : offset + page.numel()].copy_(page)
+            _copy(self.pages.arena[offset : offset + page.numel()], page)
             copied += page.nbytes
         if copied and not books.to_fill:
             books.adapter = books.adapter.without_pages()
@@ -247,7 +259,7 @@ class PagePool:
 
     def _move(self, source: int, target: int, size: int) -> None:
         arena = self.pages.arena
-        arena[target : target + size].copy_(arena[source : source + size])
+        _copy(arena[target : target + size], arena[source : source + size])
         slot, linear, index = self._holders[target] = self._holders.pop(source)
         books = self._slots[slot]
         books.offsets[linear][index] = target

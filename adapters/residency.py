@@ -16,7 +16,7 @@ from lorry.adapters.lease import Lease, Version
 from lorry.adapters.pool import PagePool
 from lorry.adapters.slabs import Demand
 
-COPY_BUDGET = 4 << 20  # bytes copied into the arena in one poll
+COPY_BUDGET = 2 << 20  # bytes copied into the arena in one poll
 PATIENCE = 64
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 from lorry.adapters.errors import MalformedAdapter
 
 MAX_DEPTH = 32
+
+_NOT_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[^][{}"]++|"', re.DOTALL)  # strings, and what is outside of them
 
 
 def parse_object(data: bytes, what: str, max_bytes: int) -> dict[str, object]:
@@ -28,22 +31,9 @@ def parse_object(data: bytes, what: str, max_bytes: int) -> dict[str, object]:
 def _depth(text: str) -> int:
     """Deepest nesting of brackets outside strings."""
     depth = deepest = 0
-    in_string = escaped = False
-    for char in text:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif char == "\\":
-                escaped = True
-            elif char == '"':
-                in_string = False
-        elif char == '"':
-            in_string = True
-        elif char in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif char in "]}":
-            depth -= 1
+    for bracket in _NOT_BRACKETS.sub("", text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
     return deepest
 
 

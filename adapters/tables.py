@@ -46,16 +46,26 @@ class SlotTables:
     def check(self, books: Mapping[int, Placed]) -> None:
         """Prove that each slot's rows say what `books` say; slots that are not in it must be clear."""
         offsets, scaling = self.pages.offsets.cpu(), self.pages.scaling.cpu()
-        for slot in range(offsets.shape[0]):
-            expected_offsets, expected_scaling = self._rows(books.get(slot, {}))
+        for slot, placed in books.items():
+            expected_offsets, expected_scaling = self._rows(placed)
             assert torch.equal(offsets[slot], expected_offsets), f"the offsets of slot {slot} differ from the books"
             assert torch.equal(scaling[slot], expected_scaling), f"the scaling of slot {slot} differs from the books"
+        clear = torch.tensor([slot for slot in range(len(offsets)) if slot not in books], dtype=torch.int64)
+        assert bool((offsets[clear] == -1).all()) and not scaling[clear].any(), "a slot without an adapter has pages"
 
     def _rows(self, placed: Placed) -> tuple[Tensor, Tensor]:
+        """offsets [layers, sites, max_pages] and scaling [layers, sites] of one slot, in host memory."""
         offsets = torch.full(self.pages.offsets.shape[1:], -1, dtype=torch.int64)
         scaling = torch.zeros(self.pages.scaling.shape[1:], dtype=torch.float32)
-        for (layer, site), (places, scale) in placed.items():
-            column = SITES.index(site)
-            offsets[layer, column, : len(places)] = torch.tensor(places)
-            scaling[layer, column] = scale
+        sites, max_pages = offsets.shape[1:]
+        rows = [layer * sites + SITES.index(site) for layer, site in placed]
+        entries = [
+            (row * max_pages + index, offset)
+            for row, (places, _) in zip(rows, placed.values(), strict=True)
+            for index, offset in enumerate(places)
+        ]
+        if entries:
+            where, what = torch.tensor(entries, dtype=torch.int64).T
+            offsets.view(-1)[where] = what
+            scaling.view(-1)[torch.tensor(rows)] = torch.tensor([scale for _, scale in placed.values()])
         return offsets, scaling

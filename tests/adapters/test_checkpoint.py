@@ -19,6 +19,7 @@ from lorry.adapters.errors import AdapterError, MalformedAdapter, PathRefused, U
 from lorry.adapters.files import revision_of
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.loader import load_adapter
+from lorry.adapters.tensor_file import is_finite
 from lorry.kernels.lora import PAGE_RANK
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -154,6 +155,15 @@ def test_hostile_tensors(layout: ModelLayout, write_adapter: Any, tmp_path: Path
     write_adapter(tmp_path / "a", edit=edit)
     with pytest.raises(error, match=message):
         load(tmp_path / "a", layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_finite_is_what_torch_says(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    finite = torch.tensor([0, -0.0, limits.max, limits.min, limits.tiny, limits.smallest_normal / 2, -1.5], dtype=dtype)
+    assert bool(finite.isfinite().all()) and is_finite(finite)
+    for value in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        assert not is_finite(torch.cat([finite, torch.tensor([value], dtype=dtype)]))
 
 
 def test_the_base_is_named_by_its_hub_id_only(layout: ModelLayout, write_adapter: Any, tmp_path: Path) -> None:
