@@ -29,6 +29,7 @@ from lorry.server.engine.plan import Piece
 from lorry.server.engine.runner import Runner
 from lorry.server.engine.scheduler import Limits, Scheduler
 from lorry.server.engine.sequence import Request, Sequence
+from lorry.server.errors import InvalidField
 from lorry.server.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,17 @@ class Types:
 
     @classmethod
     def choose(cls, config: EngineConfig) -> Types:
-        """Resolve every "auto": CUDA where there is one; activations in float32 on the CPU; the rest in bfloat16."""
+        """Resolve every "auto": CUDA where there is one; activations in float32 on the CPU; the rest in bfloat16.
+
+        Raises InvalidField for a device that is not there.
+        """
         name = config.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name not in ("cpu", "cuda"):
+            raise InvalidField(f"device is {name!r}, auto, cpu or cuda is expected", field="device")
+        if name == "cuda" and not torch.cuda.is_available():
+            raise InvalidField("device is cuda, but this machine has none that torch can use", field="device")
         device = torch.device(name)
         computing = torch.float32 if device.type == "cpu" else torch.bfloat16
         return cls(

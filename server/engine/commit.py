@@ -97,9 +97,7 @@ class Committer:
 
     def fault(self, request: Request) -> None:
         """End a request in whose step a bug showed itself; call it from an except block."""
-        fault_id = uuid.uuid4().hex[:12]
-        log.exception("fault %s in request %s", fault_id, request.id)
-        self.fail(request, LorryError(f"internal error {fault_id}", fault_id=fault_id))
+        self.fail(request, internal_error(f"request {request.id}"))
 
     # ---------------------------------------------------------------- one step
 
@@ -235,3 +233,10 @@ class Committer:
 def failed(request_id: str, error: LorryError) -> Failed:
     """The message that ends a request with `error`."""
     return Failed(request_id, ErrorInfo(error.kind, error.message, error.fields))
+
+
+def internal_error(where: str) -> LorryError:
+    """What a client may know of the exception that is being handled: an id that the log also bears."""
+    fault_id = uuid.uuid4().hex[:12]
+    log.exception("fault %s in %s", fault_id, where)
+    return LorryError(f"internal error {fault_id}", fault_id=fault_id)

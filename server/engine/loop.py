@@ -12,11 +12,13 @@ from lorry.server.decoding.interface import Strategy
 from lorry.server.engine.adapters import AdapterDesk
 from lorry.server.engine.batch import Batch, build_batch
 from lorry.server.engine.channel import Channel
-from lorry.server.engine.commit import Committer, failed
+from lorry.server.engine.commit import Committer, failed, internal_error
 from lorry.server.engine.messages import (
     Abort,
+    AdapterReply,
     Command,
     EngineMessage,
+    ErrorInfo,
     FinishReason,
     Generate,
     Shutdown,
@@ -27,7 +29,7 @@ from lorry.server.engine.report import Report
 from lorry.server.engine.runner import Output, Runner
 from lorry.server.engine.scheduler import Scheduler
 from lorry.server.engine.sequence import Request
-from lorry.server.errors import DeadlineExceeded, LorryError
+from lorry.server.errors import DeadlineExceeded, InvalidField, LorryError
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,10 @@ class Engine:
     def step(self, wait: float = 0.0) -> bool:
         """One plan → forward → commit; False when there was nothing to run. Waits `wait` seconds for commands."""
         for command in self.channel.receive(wait):
-            self._obey(command)
+            try:
+                self._obey(command)
+            except Exception:
+                self._refuse(command)
         self.adapters.poll(self.report, self.outbox)
         self._expire(self.clock())
         plan = self.scheduler.plan(self.clock())
@@ -120,8 +125,22 @@ class Engine:
             case _:
                 self.adapters.obey(command, self.outbox)
 
+    def _refuse(self, command: Command) -> None:
+        """Answer a command that met a bug; call it from an except block."""
+        error = internal_error(f"command {type(command).__name__}")
+        if isinstance(command, Generate):
+            self.outbox.append(failed(command.request_id, error))
+        elif not isinstance(command, Abort | Shutdown):
+            self.outbox.append(AdapterReply(command.call_id, error=ErrorInfo(error.kind, error.message, error.fields)))
+
     def _submit(self, command: Generate) -> None:
         try:
+            vocab_size = self.runner.decoder.config.vocab_size
+            if (
+                command.prompt_token_ids
+                and not 0 <= min(command.prompt_token_ids) <= max(command.prompt_token_ids) < vocab_size
+            ):
+                raise InvalidField(f"a token id is not within the vocabulary of {vocab_size}", field="prompt")
             lease = self.adapters.request(command.adapters)
             self._orders += 1
             try:
@@ -134,7 +153,7 @@ class Engine:
             self.outbox.append(failed(command.request_id, error))
 
     def _expire(self, now: float) -> None:
-        for request, soft in self.scheduler.due(now):
+        for request, soft in self.scheduler.alarms.due(now):
             if soft:
                 self.committer.finish_request(request, FinishReason.TIME_LIMIT, now)
             else:
@@ -169,8 +188,8 @@ class Engine:
         else:
             self._send(idle=True)
             timeout = IDLE_POLL
-        if self.scheduler.next_alarm is not None:
-            timeout = min(timeout, max(0.0, self.scheduler.next_alarm - self.clock()))
+        if (alarm := self.scheduler.alarms.next) is not None:
+            timeout = min(timeout, max(0.0, alarm - self.clock()))
         self.step(timeout)
 
     def check(self) -> None:

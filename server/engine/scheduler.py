@@ -14,7 +14,6 @@ while others wait for room is the adapters' business.
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Protocol
 from lorry.server.cache.block_table import BlockTable
 from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator, blocks_for
 from lorry.server.cache.prefix import PrefixIndex
+from lorry.server.engine.alarms import Alarms
 from lorry.server.engine.plan import Piece, Plan, first_share
 from lorry.server.engine.sequence import Lease, Request, Sequence, Status
 from lorry.server.errors import AlreadyExists, InvalidField, LorryError, OutOfMemory, PromptTooLong
@@ -40,6 +40,11 @@ class Limits:
     max_running: int
     token_budget: int
     context_length: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "token_budget", "context_length"):
+            if getattr(self, name) < 1:
+                raise InvalidField(f"{name} is {getattr(self, name)}, at least 1 is expected", field=name)
 
 
 class Residency(Protocol):
@@ -79,7 +84,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._admitted = 0
-        self._alarms: list[tuple[float, int, bool, Request]] = []  # (when, order, is a time limit, request)
+        self.alarms = Alarms(self.requests)
 
     # ---------------------------------------------------------------- requests come and go
 
@@ -109,24 +114,7 @@ class Scheduler:
         sequence = Sequence(request, 0, BlockTable(self.allocator))
         request.sequences.append(sequence)
         insort(self.waiting, sequence, key=_rank)
-        if message.deadline is not None:
-            heapq.heappush(self._alarms, (message.deadline, request.order, False, request))
-        if message.stopping.time_limit is not None:
-            alarm = message.arrival + message.stopping.time_limit
-            heapq.heappush(self._alarms, (alarm, request.order, True, request))
-
-    def due(self, now: float) -> list[tuple[Request, bool]]:
-        """Requests whose time has come, and whether it was the soft limit (else the deadline); once each."""
-        due = []
-        while self._alarms and self._alarms[0][0] <= now:
-            _, _, soft, request = heapq.heappop(self._alarms)
-            if self.requests.get(request.id) is request:
-                due.append((request, soft))
-        return due
-
-    @property
-    def next_alarm(self) -> float | None:
-        return self._alarms[0][0] if self._alarms else None
+        self.alarms.set(request)
 
     def fork(self, parent: Sequence, index: int) -> Sequence:
         """A running sequence that shares all of its running parent's tokens and blocks."""
@@ -150,6 +138,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
         if not request.live:
             del self.requests[request.id]
+            self.alarms.tidy()
             if request.lease is not None:
                 self.residency.release(request.lease)
 

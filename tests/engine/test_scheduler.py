@@ -387,10 +387,27 @@ def test_alarms() -> None:
     hard = house.submit("hard", deadline=3.0)
     house.submit("gone", deadline=1.0)
     house.scheduler.end(house.scheduler.requests["gone"])
-    assert house.scheduler.next_alarm == 1.0
-    assert house.scheduler.due(2.9) == []
-    assert house.scheduler.due(5.0) == [(hard, False), (soft, True)]
-    assert house.scheduler.next_alarm is None
+    assert house.scheduler.alarms.next == 1.0
+    assert house.scheduler.alarms.due(2.9) == []
+    assert house.scheduler.alarms.due(5.0) == [(hard, False), (soft, True)]
+    assert house.scheduler.alarms.next is None
+
+
+def test_alarms_of_ended_requests_are_forgotten() -> None:
+    house = House()
+    for i in range(300):
+        house.submit(f"r{i}", new=1, deadline=1e9, time_limit=1e9)
+        house.run()
+    assert len(house.scheduler.alarms) < 100
+    house.submit("r0", deadline=2e9)  # an id may come again: the old alarm is not its own
+    assert house.scheduler.alarms.due(1.5e9) == []
+    house.run()
+
+
+@pytest.mark.parametrize("field", ["max_running", "token_budget", "context_length"])
+def test_limits_are_positive(field: str) -> None:
+    with pytest.raises(InvalidField, match=field):
+        Limits(**{"max_running": 1, "token_budget": 1, "context_length": 1} | {field: 0})
 
 
 @pytest.mark.parametrize(
