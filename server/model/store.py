@@ -39,8 +39,8 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.t
 def resolve_model(source: str, *, progress: Progress | None = None, cache: Path | None = None) -> Path:
     """The folder of `source` with config.json, tokenizer files and weights, converted first if need be.
 
-    `progress(stage, done, total)` is called while converting. Raises ModelNotFound saying what would be accepted,
-    UnsupportedModel and MalformedCheckpoint from the conversion.
+    `progress(stage, done, total)` is called while downloading and converting. Raises ModelNotFound saying what would
+    be accepted, UnsupportedModel and MalformedCheckpoint from the conversion.
     """
     path = Path(source).expanduser()
     if source == DEFAULT_MODEL and not path.exists():
@@ -52,7 +52,7 @@ def resolve_model(source: str, *, progress: Progress | None = None, cache: Path 
             raise ModelNotFound(f"{source} has no config.json", field="model")
         return path
     if _HUB_ID.fullmatch(source) and not path.exists():
-        return _from_hub(source)
+        return _from_hub(source, progress)
     raise ModelNotFound(
         f"no model {source!r}: give {DEFAULT_MODEL!r}, a folder with config.json and safetensors, a .gguf file, "
         "or a hub id owner/name",
@@ -148,11 +148,16 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _from_hub(source: str) -> Path:
+def _from_hub(source: str, progress: Progress | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    if progress:
+        progress("download", 0, 1)
     try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(source, allow_patterns=_HUB_FILES))
+        if progress:
+            progress("download", 1, 1)
+        return folder
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(

@@ -258,6 +258,26 @@ def test_truncated_file_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("absmax", lambda tensor: tensor[:-1].clone()),
+        ("absmax", lambda tensor: tensor.float()),
+        ("nested_absmax", lambda tensor: torch.cat([tensor, tensor])),
+        ("nested_quant_map", lambda tensor: tensor[:255].clone()),
+        ("quant_map", lambda tensor: tensor[:15].clone()),
+        ("quant_state.bitsandbytes__nf4", lambda tensor: tensor[:-1].clone()),
+    ],
+)
+def test_contradicting_quantization_states_are_named(key: str, change: Any, folder: Path, tmp_path: Path) -> None:
+    target = quantize_checkpoint(str(folder), tmp_path / "nf4")
+    edit(target, lambda tensors: tensors.update({f"{UP}.{key}": change(tensors[f"{UP}.{key}"])}))
+    (target / "digests.json").unlink()
+    with pytest.raises(MalformedCheckpoint) as caught:
+        load_model(str(target))
+    assert caught.value.fields["field"].startswith(UP)
+
+
+@pytest.mark.parametrize(
     ("quantization", "word"),
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),

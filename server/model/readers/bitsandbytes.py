@@ -81,35 +81,26 @@ class BitsandbytesCheckpoint:
             raise MalformedCheckpoint(f"{name} has {packed.numel()} bytes for {elements} weights", field=name)
         absmax = self._tensors.take(f"{name}.absmax", (blocks,))
         code = self._tensors.take(f"{name}.quant_map", (16,)).float()
-        nested = f"{name}.nested_absmax" in self._tensors
-        if absmax.dtype != (torch.uint8 if nested else torch.float32):
-            raise MalformedCheckpoint(f"{name}.absmax is {absmax.dtype}", field=f"{name}.absmax")
-        if not nested:
+        nested: dict[str, Any] = {}
+        if f"{name}.nested_absmax" in self._tensors:
+            nested = {
+                "nested_absmax": self._tensors.take(f"{name}.nested_absmax").float(),
+                "nested_code": self._tensors.take(f"{name}.nested_quant_map").float(),
+                "nested_offset": float(state["nested_offset"]),
+                "nested_blocksize": int(state["nested_blocksize"]),
+            }
+        try:
             return NF4Weight(
                 packed=packed[: (elements + 1) // 2],
                 absmax=absmax,
                 shape=shape,
                 blocksize=blocksize,
-                nested_absmax=None,
-                nested_code=None,
-                nested_offset=None,
-                nested_blocksize=256,
                 dtype=_DTYPES[state["dtype"]],
                 code=code,
+                **nested,
             )
-        nested_blocksize = int(state["nested_blocksize"])
-        return NF4Weight(
-            packed=packed[: (elements + 1) // 2],
-            absmax=absmax,
-            shape=shape,
-            blocksize=blocksize,
-            nested_absmax=self._tensors.take(f"{name}.nested_absmax", (-(-blocks // nested_blocksize),)).float(),
-            nested_code=self._tensors.take(f"{name}.nested_quant_map", (256,)).float(),
-            nested_offset=float(state["nested_offset"]),
-            nested_blocksize=nested_blocksize,
-            dtype=_DTYPES[state["dtype"]],
-            code=code,
-        )
+        except ValueError as error:
+            raise MalformedCheckpoint(f"{name}: {error}", field=name) from error
 
     def close(self) -> None:
         forget_redundant(self._tensors, self.config)
