@@ -33,13 +33,15 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         kv_store_reference(k, v, k_cache, v_cache, slot_mapping)
         return
     blocks, heads, block_size, width = k_cache.shape
+    k_strides, v_strides = k.stride(), v.stride()
+    slot_mapping = slot_mapping.contiguous()
     status = library.kv_store(
         k.data_ptr(),
-        k.stride(0),
-        k.stride(1),
+        k_strides[0],
+        k_strides[1],
         v.data_ptr(),
-        v.stride(0),
-        v.stride(1),
+        v_strides[0],
+        v_strides[1],
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         native.ELEMENT_TYPES[k_cache.dtype],
@@ -47,7 +49,7 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         heads,
         block_size,
         width,
-        slot_mapping.contiguous().data_ptr(),
+        slot_mapping.data_ptr(),
         k.shape[0],
     )
     if status:

@@ -39,7 +39,7 @@ class DenseLinear:
         tiles = -(-self.out_features // TILE)
         whole = self.out_features // TILE
         self._weight = torch.zeros(tiles, self.in_features, TILE, dtype=weight.dtype)
-        self._weight[:whole] = weight.detach()[: whole * TILE].view(whole, TILE, -1).transpose(1, 2)
+        self._weight[:whole] = weight.detach()[: whole * TILE].reshape(whole, TILE, self.in_features).transpose(1, 2)
         if whole < tiles:
             self._weight[whole, :, : self.out_features - whole * TILE] = weight.detach()[whole * TILE :].T
         self._wide_bias = None if bias is None else bias.float().contiguous()

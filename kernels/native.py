@@ -32,11 +32,14 @@ FLAGS = (
     "-fvisibility=hidden",
     "-ffp-contract=off",  # the order and number of roundings are written in the sources
     "-fno-math-errno",
+    "-Wno-psabi",
 )
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum elem of simd.h
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[type]] = {
+    "simd_name": [],
+    "thread_count": [],
     "linear_forward": [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT],
     "linear_rows": [_POINTER, _POINTER, _INT, _POINTER],
     "rms_norm": [_POINTER, *[_INT] * 5, _POINTER, _FLOAT, _POINTER, _POINTER],
@@ -151,7 +154,7 @@ def load(path: Path) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes = arguments
-        function.restype = ctypes.c_int
+        function.restype = ctypes.c_char_p if name == "simd_name" else ctypes.c_int
     return loaded
 
 

@@ -79,11 +79,12 @@ def paged_attention(
             q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, scale, sliding_window
         )
     rows, heads, width = q.shape
+    q_strides = q.stride()
     out = torch.empty(rows, heads, width)
     status = library.paged_attention(
         q.data_ptr(),
-        q.stride(0),
-        q.stride(1),
+        q_strides[0],
+        q_strides[1],
         heads,
         k_cache.shape[1],
         width,

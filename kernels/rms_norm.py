@@ -46,15 +46,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
             return rms_norm_reference(x, weight, eps)
         residual += x
         return rms_norm_reference(residual, weight, eps), residual
-    shape = x.shape
+    shape, strides = x.shape, x.stride()
     width = shape[-1]
     y = torch.empty(shape)
-    if x.dim() == 3:
-        outer, inner = shape[0], shape[1]
-        outer_stride, inner_stride = x.stride(0), x.stride(1)
+    if len(shape) == 3:
+        outer, inner, outer_stride, inner_stride = shape[0], shape[1], strides[0], strides[1]
     else:
-        outer, inner = y.numel() // width, 1
-        outer_stride, inner_stride = x.stride(0) if x.dim() == 2 else width, 0
+        outer, inner, outer_stride, inner_stride = y.numel() // width, 1, strides[0], 0
+        if len(shape) != 2:
+            outer_stride = width
     library.rms_norm(
         x.data_ptr(),
         outer,

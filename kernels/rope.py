@@ -30,18 +30,21 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
     """
     library = native.library()
     if library is not None and _fits(q) and _fits(k) and cos_sin.is_contiguous():
+        rows, heads, width = q.shape
+        q_strides, k_strides = q.stride(), k.stride()
+        positions = positions.contiguous()
         status = library.rope(
             q.data_ptr(),
-            q.stride(0),
-            q.stride(1),
-            q.shape[1],
+            q_strides[0],
+            q_strides[1],
+            heads,
             k.data_ptr(),
-            k.stride(0),
-            k.stride(1),
+            k_strides[0],
+            k_strides[1],
             k.shape[1],
-            q.shape[2],
-            positions.contiguous().data_ptr(),
-            q.shape[0],
+            width,
+            positions.data_ptr(),
+            rows,
             cos_sin.data_ptr(),
             cos_sin.shape[0],
         )

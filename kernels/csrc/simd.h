@@ -227,56 +227,60 @@ INLINE void vf_store_as(enum elem type, void *p, vf v) {
 #else
 
 #define LORRY_SIMD "plain"
-typedef struct {
-    float f[LANES];
-} vf;
-typedef struct {
-    uint32_t u[LANES];
-} vu;
+typedef float vf __attribute__((vector_size(64))); /* the compiler cuts them to what the machine has */
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
 
-#define VF_LANES(expression)                                     \
-    do {                                                         \
-        vf r;                                                    \
-        for (int i = 0; i < LANES; i++) r.f[i] = (expression);   \
-        return r;                                                \
-    } while (0)
-#define VU_LANES(expression)                                     \
-    do {                                                         \
-        vu r;                                                    \
-        for (int i = 0; i < LANES; i++) r.u[i] = (expression);   \
-        return r;                                                \
-    } while (0)
-INLINE vf vf_set1(float f) { VF_LANES(f); }
-INLINE vf vf_load(const float *p) { VF_LANES(p[i]); }
-INLINE void vf_store(float *p, vf v) { memcpy(p, v.f, sizeof v.f); }
-INLINE vf vf_add(vf a, vf b) { VF_LANES(a.f[i] + b.f[i]); }
-INLINE vf vf_sub(vf a, vf b) { VF_LANES(a.f[i] - b.f[i]); }
-INLINE vf vf_mul(vf a, vf b) { VF_LANES(a.f[i] * b.f[i]); }
-INLINE vf vf_div(vf a, vf b) { VF_LANES(a.f[i] / b.f[i]); }
-INLINE vf vf_max(vf a, vf b) { VF_LANES(a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
-INLINE vf vf_fma(vf a, vf b, vf c) { VF_LANES(a.f[i] * b.f[i] + c.f[i]); }
-INLINE vu vu_load(const uint32_t *p) { VU_LANES(p[i]); }
-INLINE vu vu_load_u8(const uint8_t *p) { VU_LANES(p[i]); }
-INLINE vu vu_add(vu a, vu b) { VU_LANES(a.u[i] + b.u[i]); }
-INLINE vu vu_sub(vu a, vu b) { VU_LANES(a.u[i] - b.u[i]); }
-INLINE vu vu_set1(uint32_t u) { VU_LANES(u); }
-INLINE vu vu_srl(vu v, int count) { VU_LANES(v.u[i] >> count); }
-#define VU_SRLI(v, count) vu_srl(v, count)
-INLINE vf vf_lookup16(vf table, vu index) { VF_LANES(table.f[index.u[i] & 15u]); }
-#define LORRY_SCALAR_LOOKUP
+INLINE vf vf_set1(float f) { return f - (vf){0}; }
+INLINE vf vf_load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void vf_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+INLINE vf vf_add(vf a, vf b) { return a + b; }
+INLINE vf vf_sub(vf a, vf b) { return a - b; }
+INLINE vf vf_mul(vf a, vf b) { return a * b; }
+INLINE vf vf_div(vf a, vf b) { return a / b; }
+INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 INLINE vf vf_where_below(vf x, vf limit, vf then, vf otherwise) {
-    VF_LANES(x.f[i] < limit.f[i] ? then.f[i] : otherwise.f[i]);
+    const vi mask = x < limit;
+    return (vf)(((vi)then & mask) | ((vi)otherwise & ~mask));
 }
-INLINE float pow2_lane(float n) {
-    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
+INLINE vf vf_max(vf a, vf b) { return vf_where_below(b, a, a, b); }
+INLINE vf vf_times_pow2(vf v, vf n) { return v * (vf)((__builtin_convertvector(n, vi) + 127) << 23); }
+INLINE vu vu_load(const uint32_t *p) {
+    vu v;
+    memcpy(&v, p, sizeof v);
+    return v;
 }
-INLINE vf vf_times_pow2(vf v, vf n) { VF_LANES(v.f[i] * pow2_lane(n.f[i])); }
-INLINE vf vf_load_as(enum elem type, const void *p) { VF_LANES(elem_load(type, p, i)); }
+INLINE vu vu_load_u8(const uint8_t *p) {
+    vu v;
+    for (int i = 0; i < LANES; i++) v[i] = p[i];
+    return v;
+}
+INLINE vu vu_add(vu a, vu b) { return a + b; }
+INLINE vu vu_sub(vu a, vu b) { return a - b; }
+INLINE vu vu_set1(uint32_t u) { return u + (vu){0}; }
+INLINE vu vu_srl(vu v, int count) { return v >> (uint32_t)count; }
+#define VU_SRLI(v, count) vu_srl(v, count)
+INLINE vf vf_lookup16(vf table, vu index) {
+    vf v;
+    for (int i = 0; i < LANES; i++) v[i] = table[index[i] & 15u];
+    return v;
+}
+#define LORRY_SCALAR_LOOKUP
+INLINE vf vf_load_as(enum elem type, const void *p) {
+    if (type == F32) return vf_load(p);
+    vf v;
+    for (int i = 0; i < LANES; i++) v[i] = elem_load(type, p, i);
+    return v;
+}
 INLINE void vf_store_as(enum elem type, void *p, vf v) {
-    for (int i = 0; i < LANES; i++) elem_store(type, p, i, v.f[i]);
+    if (type == F32)
+        vf_store(p, v);
+    else
+        for (int i = 0; i < LANES; i++) elem_store(type, p, i, v[i]);
 }
 
 #endif
