@@ -170,7 +170,7 @@ class Decoder:
         qkv = layer.qkv.project(normed)  # [T, (Hq + 2 Hk) D]
         self._add_adapters(qkv, normed, layer.index, self._qkv_sites, inputs, pages)
         heads = qkv.view(tokens, config.heads + 2 * config.kv_heads, config.head_dim)
-        q, k, v = torch.split(heads, self._head_split, dim=1)
+        q, k, v = torch.split_with_sizes(heads, self._head_split, dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, config.rms_eps), rms_norm(k, layer.k_norm, config.rms_eps)
         rope(q, k, inputs.positions, self._rope_table)

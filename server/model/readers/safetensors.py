@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open  # type: ignore[attr-defined]
+from safetensors import safe_open
 from torch import Tensor
 
 from lorry.server.model.config import ModelConfig
