@@ -101,8 +101,8 @@ def test_bfloat16_logits(name: str, tools: Any, tmp_path: Path) -> None:
     assert_close(tools, actual, tools.reference_logits(wide, prompts()), 1e-4)
 
 
-def test_batching_changes_no_bit(tools: Any, tmp_path: Path) -> None:
-    """A sequence alone, token by token, has the logits that it has inside a batch."""
+def test_a_sequence_alone_equals_itself_in_a_batch(tools: Any, tmp_path: Path) -> None:
+    """Token by token alone, or in chunks among others: equal but for the order of sums in the attention."""
     model_type, shape = MODELS["llama"]
     tools.tiny_model(model_type, torch.float32, **shape).save_pretrained(tmp_path)
     decoder = load_model(str(tmp_path))
