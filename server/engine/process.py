@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -88,6 +89,8 @@ def _serve(config: EngineConfig, channel: SocketChannel) -> None:
         progress("warm up", 2, 3)
         warm_up(engine)
         progress("warm up", 3, 3)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: the collector need not look at it between steps
         folder = str(resolve_model(config.model))
         channel.send([Ready(describe(config, types, engine), os.getpid(), folder)])
         engine.run()
