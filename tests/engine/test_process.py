@@ -70,6 +70,9 @@ class Frontend:
                     found = message
         return found
 
+    def stats(self) -> list[Stats]:
+        return [message for message in self.seen if isinstance(message, Stats)]
+
     def close(self) -> None:
         self.socket.close(linger=0)
         self.context.term()
@@ -99,6 +102,11 @@ def is_last(name: str) -> Callable[[EngineMessage], bool]:
     return lambda m: isinstance(m, Tokens) and m.request_id == name and m.finish is not None
 
 
+def queued(stats: list[Stats]) -> int:
+    """Requests whose time in the queue was reported."""
+    return sum(len(h.values) for each in stats for h in each.histograms if h.name == "request_queue_seconds")
+
+
 def test_from_spawn_to_exit(frontend: Frontend, config: EngineConfig, generate: Any) -> None:
     process = frontend.start(config)
     ready = frontend.until(lambda message: isinstance(message, Ready))
@@ -121,9 +129,11 @@ def test_from_spawn_to_exit(frontend: Frontend, config: EngineConfig, generate: 
     started = [message for message in frontend.seen if isinstance(message, Started)]
     assert {message.request_id: message.prompt_tokens for message in started} == {"a": 3, "b": 38}
     assert next(m for m in started if m.request_id == "a").adapters[0].revision
-    while not (stats := [each for each in frontend.seen if isinstance(each, Stats)]) or stats[-1].running:
+    stats = frontend.stats()
+    while queued(stats) < 2 or stats[-1].running > 0:
         frontend.until(lambda message: isinstance(message, Stats))
-    assert sum(len(h.values) for each in stats for h in each.histograms if h.name == "request_queue_seconds") == 2
+        stats = frontend.stats()
+    assert queued(stats) == 2
     assert sum(each.adapter_loads.get("ok", 0) for each in stats) == 1 and stats[-1].adapters_loaded == 1
 
     frontend.send(generate("long", [5, 6], 250))
