@@ -54,7 +54,43 @@ INLINE float exp_of(float x) {
     return lanes[0];
 }
 
-/* Tokens [first, first + PANEL) of one head; those outside [low, high) become zeros and are not read where their
+/* keys[c ..][0 .. 15] of a whole block from its tokens' rows k [BLOCK][d]. */
+INLINE void transpose_block(const enum elem type, const void *k, int64_t d, float (*keys)[PANEL]) {
+#if defined(__AVX512F__)
+    if (type == BF16) { /* two columns travel as one 32-bit lane: half of the shuffles */
+        int64_t c = 0;
+        for (; c + 2 * LANES <= d; c += 2 * LANES) {
+            vf pair[LANES];
+#pragma GCC unroll 16
+            for (int t = 0; t < BLOCK; t++) pair[t] = _mm512_loadu_ps((const uint16_t *)k + t * d + c);
+            vf_transpose(pair);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) {
+                const vu both = _mm512_castps_si512(pair[i]);
+                vf_store(keys[c + 2 * i], _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
+                vf_store(keys[c + 2 * i + 1],
+                         _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000u))));
+            }
+        }
+        if (c == d) return;
+        keys += c;
+        k = (const uint16_t *)k + c;
+    }
+    const int64_t left = type == BF16 ? d % (2 * LANES) : d;
+#else
+    const int64_t left = d;
+#endif
+    for (int64_t c = 0; c < left; c += LANES) {
+        vf row[BLOCK];
+#pragma GCC unroll 16
+        for (int t = 0; t < BLOCK; t++) row[t] = vf_load_as(type, elem_at(type, k, t * d + c));
+        vf_transpose(row);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) vf_store(keys[c + i], row[i]);
+    }
+}
+
+/* Tokens [first, first + PANEL) of one head; those outside [low, high) become zeros, and are not read where their
  * whole block lies outside. */
 INLINE void decode_panel(const enum elem type, const struct attention *a, const int32_t *table, int64_t head,
                          int64_t first, int64_t low, int64_t high, struct workspace *ws) {
@@ -62,17 +98,31 @@ INLINE void decode_panel(const enum elem type, const struct attention *a, const 
     for (int64_t t0 = 0; t0 < PANEL; t0 += BLOCK) {
         const int64_t token = first + t0;
         const int live = token + BLOCK > low ? (int)MAX(0, MIN(BLOCK, high - token)) : 0;
-        const int64_t at = live ? ((int64_t)table[token / BLOCK] * a->kv_heads + head) * BLOCK * d : 0;
-        for (int64_t c = 0; c < d; c += LANES) {
-            vf key[BLOCK];
-            for (int t = 0; t < BLOCK; t++) {
-                const int64_t i = at + t * d + c;
-                key[t] = t < live ? vf_load_as(type, elem_at(type, a->k_cache, i)) : vf_set1(0.0f);
-                vf_store(&ws->values[c / PANEL][t0 + t][c % PANEL],
-                         t < live ? vf_load_as(type, elem_at(type, a->v_cache, i)) : vf_set1(0.0f));
+        float(*keys)[PANEL] = (float(*)[PANEL]) & ws->keys[0][t0];
+        if (live) {
+            const int64_t at = ((int64_t)table[token / BLOCK] * a->kv_heads + head) * BLOCK * d;
+            transpose_block(type, elem_at(type, a->k_cache, at), d, keys);
+            for (int64_t c = 0; c < d; c += LANES)
+                for (int t = 0; t < live; t++)
+                    vf_store(&ws->values[c / PANEL][t0 + t][c % PANEL],
+                             vf_load_as(type, elem_at(type, a->v_cache, at + t * d + c)));
+        }
+        for (int t = live; t < BLOCK; t++)
+            for (int64_t c = 0; c < d; c += LANES) {
+                for (int i = 0; i < LANES; i++) keys[c + i][t] = 0.0f;
+                vf_store(&ws->values[c / PANEL][t0 + t][c % PANEL], vf_set1(0.0f));
             }
-            vf_transpose(key);
-            for (int i = 0; i < LANES; i++) vf_store(&ws->keys[c + i][t0], key[i]);
+    }
+}
+
+/* Brings the blocks of the panel that comes next towards the core while this one is computed. */
+INLINE void prefetch_panel(const struct attention *a, const int32_t *table, int64_t head, int64_t first, int64_t high) {
+    const int64_t bytes = BLOCK * a->d * elem_size((enum elem)a->type);
+    for (int64_t token = first; token < MIN(high, first + PANEL); token += BLOCK) {
+        const int64_t at = ((int64_t)table[token / BLOCK] * a->kv_heads + head) * bytes;
+        for (int64_t i = 0; i < bytes; i += 64) {
+            __builtin_prefetch((const char *)a->k_cache + at + i, 0, 2);
+            __builtin_prefetch((const char *)a->v_cache + at + i, 0, 2);
         }
     }
 }
@@ -140,6 +190,7 @@ static void attend_chunk(const struct attention *a, const struct task *t, int64_
     reset(&ws->chunk, (int)queries, d);
     for (int64_t first = MAX(chunk * CHUNK, low / PANEL * PANEL); first < high; first += PANEL) {
         decode_panel_typed(a, table, t->head, first, low, high, ws);
+        prefetch_panel(a, table, t->head, first + PANEL, position + t->rows);
         memset(ws->scores, 0, (size_t)queries * sizeof ws->scores[0]);
         for (int64_t c = 0; c < d; c += BLOCK_K)
             tiles_add(ws->keys[c], ws->queries[c / BLOCK_K][0], MIN(BLOCK_K, d - c), ws->scores[0], (int)queries,

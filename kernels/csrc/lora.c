@@ -7,7 +7,7 @@
 #include "common.h"
 
 #define RANK 16
-#define COLUMNS 512 /* of one expand task: B's share of it is 16 KiB in 16 bits */
+#define COLUMNS 512 /* of a small expand task: B's share of it is 16 KiB in 16 bits */
 #if defined(__AVX512F__)
 #define SHRINK_ROWS 4
 #define EXPAND_ROWS 8
@@ -43,6 +43,7 @@ INLINE void shrink(const enum elem type, const struct page *p, int64_t k_count, 
 #pragma GCC unroll 4
         for (int r = 0; r < RANKS_AT_ONCE; r++) {
             const vf a = vf_load_as(type, elem_at(type, p->a, (rank + r) * k_count + k));
+            if (rows <= 2) __builtin_prefetch(elem_at(type, p->a, (rank + r + RANKS_AT_ONCE) * k_count + k));
             for (int m = 0; m < rows; m++) acc[m][r] = vf_fma(a, value[m], acc[m][r]);
         }
     }
@@ -59,22 +60,34 @@ INLINE void shrink(const enum elem type, const struct page *p, int64_t k_count, 
 INLINE void shrink_all(const enum elem type, const struct page *p, int64_t k_count, int64_t ldx, int rank) {
     int64_t row = 0;
     for (; row + SHRINK_ROWS <= p->rows; row += SHRINK_ROWS) shrink(type, p, k_count, ldx, rank, row, SHRINK_ROWS);
+    if (SHRINK_ROWS > 2 && row + 2 <= p->rows) {
+        shrink(type, p, k_count, ldx, rank, row, 2);
+        row += 2;
+    }
     for (; row < p->rows; row++) shrink(type, p, k_count, ldx, rank, row, 1);
 }
 
 /* Few rows: ranks outside, columns inside, so that B is read in the order it lies in memory. */
-INLINE void expand_row(const enum elem type, const struct page *p, int64_t row, int64_t from, int64_t to, int64_t n_count,
-                       float *y) {
-    const float *u = p->u + row * RANK;
-    for (int r = 0; r < RANK; r += 4)
-        for (int64_t n = from; n < to; n += LANES) {
-            const int count = (int)MIN(LANES, to - n);
-            vf sum = vf_load_some(F32, y + n, count);
+INLINE void expand_step(const enum elem type, const struct page *p, int64_t row, int rank, int64_t n, int64_t n_count,
+                        int count, float *y, int64_t ldy, const int rows) {
+    vf sum[2];
+    for (int m = 0; m < rows; m++) sum[m] = vf_load_some(F32, y + m * ldy + n, count);
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
-                sum = vf_fma(vf_load_some(type, elem_at(type, p->b, (r + i) * n_count + n), count), vf_set1(u[r + i]), sum);
-            vf_store_some(F32, y + n, sum, count);
-        }
+    for (int r = rank; r < rank + RANKS_AT_ONCE; r++) {
+        const vf b = vf_load_some(type, elem_at(type, p->b, r * n_count + n), count);
+        __builtin_prefetch(elem_at(type, p->b, (r + RANKS_AT_ONCE) * n_count + n));
+        for (int m = 0; m < rows; m++) sum[m] = vf_fma(b, vf_set1(p->u[(row + m) * RANK + r]), sum[m]);
+    }
+    for (int m = 0; m < rows; m++) vf_store_some(F32, y + m * ldy + n, sum[m], count);
+}
+
+INLINE void expand_rows(const enum elem type, const struct page *p, int64_t row, int64_t from, int64_t to,
+                        int64_t n_count, float *y, int64_t ldy, const int rows) {
+    for (int rank = 0; rank < RANK; rank += RANKS_AT_ONCE) {
+        int64_t n = from;
+        for (; n + LANES <= to; n += LANES) expand_step(type, p, row, rank, n, n_count, LANES, y, ldy, rows);
+        if (n < to) expand_step(type, p, row, rank, n, n_count, (int)(to - n), y, ldy, rows);
+    }
 }
 
 /* Many rows: a register tile of rows by 32 columns over the ranks of one page. */
@@ -98,7 +111,7 @@ INLINE void expand_tile(const enum elem type, const struct page *p, int64_t row,
             for (int j = 0; j < 2; j++) vf_store(y + m * ldy + n + j * LANES, sum[m][j]);
     }
     if (n < to)
-        for (int m = 0; m < rows; m++) expand_row(type, p, row + m, n, to, n_count, y + m * ldy);
+        for (int m = 0; m < rows; m++) expand_rows(type, p, row + m, n, to, n_count, y + m * ldy, ldy, 1);
 }
 
 INLINE void expand_all(const enum elem type, const struct page *pages, const struct target *t, int64_t from, int64_t to,
@@ -107,7 +120,9 @@ INLINE void expand_all(const enum elem type, const struct page *pages, const str
         int64_t row = 0;
         for (; row + EXPAND_ROWS <= t->rows; row += EXPAND_ROWS)
             expand_tile(type, pages + i, row, from, to, t->size, y + row * ldy, ldy, EXPAND_ROWS);
-        for (; row < t->rows; row++) expand_row(type, pages + i, row, from, to, t->size, y + row * ldy);
+        for (; row + 2 <= t->rows; row += 2)
+            expand_rows(type, pages + i, row, from, to, t->size, y + row * ldy, ldy, 2);
+        if (row < t->rows) expand_rows(type, pages + i, row, from, to, t->size, y + row * ldy, ldy, 1);
     }
 }
 
@@ -136,19 +151,23 @@ struct work {
     int64_t ldy;
 };
 
-/* One thread's part: shrink tasks of four ranks, a barrier, expand tasks of COLUMNS columns. */
+/* One thread's part: shrink, a barrier, expand. A task is a whole page, or a whole site of a segment, where these are
+ * enough to go round, so that memory is read in long runs; else four ranks and 512 columns. */
 static void run(const struct work *w) {
-    enum { PARTS = RANK / RANKS_AT_ONCE };
+    const int64_t plenty = 4 * omp_get_num_threads();
+    const int ranks = w->page_count >= plenty ? RANK : RANKS_AT_ONCE, parts = RANK / ranks;
     int64_t widest = 0;
     for (int64_t i = 0; i < w->target_count; i++) widest = MAX(widest, w->targets[i].size);
-    const int64_t column_tasks = (widest + COLUMNS - 1) / COLUMNS;
+    const int64_t cuts = w->target_count >= plenty ? 1 : (widest + COLUMNS - 1) / COLUMNS;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < w->page_count * PARTS; i++)
-        shrink_typed(w->type, w->pages + i / PARTS, w->k_count, w->ldx, (int)(i % PARTS) * RANKS_AT_ONCE);
+    for (int64_t i = 0; i < w->page_count * parts; i++)
+        for (int r = 0; r < ranks; r += RANKS_AT_ONCE)
+            shrink_typed(w->type, w->pages + i / parts, w->k_count, w->ldx, (int)(i % parts) * ranks + r);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < w->target_count * column_tasks; i++) {
-        const struct target *t = w->targets + i / column_tasks;
-        const int64_t from = i % column_tasks * COLUMNS, to = MIN(t->size, from + COLUMNS);
+    for (int64_t i = 0; i < w->target_count * cuts; i++) {
+        const struct target *t = w->targets + i / cuts;
+        int64_t from, to;
+        split(t->size, 2 * LANES, (int)cuts, (int)(i % cuts), &from, &to);
         if (from < to)
             expand_typed(w->type, w->pages, t, from, to, w->y + t->row * w->ldy + t->column, w->ldy);
     }
