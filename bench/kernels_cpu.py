@@ -330,7 +330,8 @@ def main(
                 ratios = "  ".join(f"{key} {row[key]:.2f}x" for key in row if key.startswith("over_"))
                 typer.echo(
                     f"{model_name:14} {row['op']:18} {row['shape']:36} rows {row['rows']:4} "
-                    f"{row['microseconds']:10.1f} us {row['gb_s']:6.1f} GB/s ({row['of_read_bandwidth']:4.0%}) {row['gflop_s']:7.1f} GFLOP/s  {ratios}"
+                    f"{row['microseconds']:10.1f} us {row['gb_s']:6.1f} GB/s ({row['of_read_bandwidth']:4.0%}) "
+                    f"{row['gflop_s']:7.1f} GFLOP/s  {ratios}"
                 )
     result = {
         "machine": {

@@ -61,8 +61,8 @@ def _fits(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
         k.dtype is torch.float32
         and v.dtype is torch.float32
         and k.is_cpu
-        and k.stride(2) == 1
-        and v.stride(2) == 1
+        and k.stride()[2] == 1
+        and v.stride()[2] == 1
         and k_cache.dtype is v_cache.dtype
         and k_cache.dtype in native.ELEMENT_TYPES
         and k_cache.is_contiguous()

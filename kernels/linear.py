@@ -81,10 +81,10 @@ def dense_linear(x: Tensor, weight: DenseLinear) -> Tensor:
     library = native.library()
     if library is None or not weight.native:
         return dense_linear_reference(x, weight.weight, weight.bias)
-    wide = x if x.dtype is torch.float32 and x.stride(1) == 1 else x.float().contiguous()
+    wide = x if x.dtype is torch.float32 and x.stride()[1] == 1 else x.float().contiguous()
     y = torch.empty(wide.shape[0], weight.out_features)
     status = library.linear_forward(
-        weight.plan, wide.data_ptr(), wide.shape[0], wide.stride(0), y.data_ptr(), weight.out_features
+        weight.plan, wide.data_ptr(), wide.shape[0], wide.stride()[0], y.data_ptr(), weight.out_features
     )
     native.check(status)
     return y.to(x.dtype)

@@ -100,9 +100,9 @@ def lora_add(
     first = layer * site_count
     status = library.lora_add(
         y.data_ptr(),
-        y.stride(0),
+        y.stride()[0],
         x.data_ptr(),
-        x.stride(0),
+        x.stride()[0],
         x.shape[1],
         pages.arena.data_ptr(),
         native.ELEMENT_TYPES[pages.arena.dtype],
@@ -132,8 +132,8 @@ def _fits(y: Tensor, x: Tensor, pages: AdapterPages, segments: Segments) -> bool
         y.dtype is torch.float32
         and x.dtype is torch.float32
         and y.is_cpu
-        and y.stride(1) == 1
-        and x.stride(1) == 1
+        and y.stride()[1] == 1
+        and x.stride()[1] == 1
         and pages.arena.dtype in native.ELEMENT_TYPES
         and pages.arena.is_contiguous()
         and pages.offsets.is_contiguous()

@@ -141,13 +141,13 @@ def nf4_linear(x: Tensor, weight: NF4Linear, out: Tensor | None = None) -> Tenso
     if columns != weight.in_features:
         raise ValueError(f"x must be [M, {weight.in_features}], got {list(x.shape)}")
     library = native.library()
-    if library is None or not weight.native or x.dtype is not torch.float32 or x.stride(1) != 1:
+    if library is None or not weight.native or x.dtype is not torch.float32 or x.stride()[1] != 1:
         y = nf4_linear_reference(x, weight.parts, weight.bias)
         return y if out is None else out.copy_(y)
     if out is None:
         out = torch.empty(rows, weight.out_features)
-    elif out.shape != (rows, weight.out_features) or out.stride(1) != 1 or out.dtype is not torch.float32:
+    elif out.shape != (rows, weight.out_features) or out.stride()[1] != 1 or out.dtype is not torch.float32:
         raise ValueError(f"out must be float32 [{rows}, {weight.out_features}] with contiguous rows")
-    status = library.linear_forward(weight.plan, x.data_ptr(), rows, x.stride(0), out.data_ptr(), out.stride(0))
+    status = library.linear_forward(weight.plan, x.data_ptr(), rows, x.stride()[0], out.data_ptr(), out.stride()[0])
     native.check(status)
     return out

@@ -73,12 +73,12 @@ def paged_attention(
     Entries of block_tables outside what the rows see are not read.
     """
     library = native.library()
-    tables = (block_tables, cu_seqlens_q, kv_lens)
-    if library is None or not _fits(q, k_cache, v_cache, tables):
+    rows, heads, width = q.shape
+    if library is None or not _fits(q, k_cache, v_cache, width) or not _int32(block_tables, cu_seqlens_q, kv_lens):
         return paged_attention_reference(
             q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, scale, sliding_window
         )
-    rows, heads, width = q.shape
+    kv_heads = k_cache.shape[1]
     q_strides = q.stride()
     out = torch.empty(rows, heads, width)
     status = library.paged_attention(
@@ -86,16 +86,16 @@ def paged_attention(
         q_strides[0],
         q_strides[1],
         heads,
-        k_cache.shape[1],
+        kv_heads,
         width,
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         native.ELEMENT_TYPES[k_cache.dtype],
         block_tables.data_ptr(),
-        block_tables.stride(0),
+        block_tables.stride()[0],
         cu_seqlens_q.data_ptr(),
         kv_lens.data_ptr(),
-        kv_lens.shape[0],
+        len(kv_lens),
         scale,
         sliding_window,
         out.data_ptr(),
@@ -104,19 +104,29 @@ def paged_attention(
     return out
 
 
-def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: tuple[Tensor, ...]) -> bool:
-    width = q.shape[2]
+def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor, width: int) -> bool:
+    _, kv_heads, block_size, _ = k_cache.shape
     return (
         q.dtype is torch.float32
         and q.is_cpu
-        and q.stride(2) == 1
+        and q.stride()[2] == 1
         and width % 16 == 0
         and width <= MAX_HEAD_DIM
-        and q.shape[1] // k_cache.shape[1] <= MAX_GROUP
-        and k_cache.shape[2] == BLOCK_SIZE
+        and q.shape[1] // kv_heads <= MAX_GROUP
+        and block_size == BLOCK_SIZE
         and k_cache.dtype in native.ELEMENT_TYPES
         and k_cache.dtype is v_cache.dtype
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()
-        and all(table.dtype is torch.int32 and table.stride(-1) == 1 for table in tables)
+    )
+
+
+def _int32(block_tables: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor) -> bool:
+    return (
+        block_tables.dtype is torch.int32
+        and cu_seqlens_q.dtype is torch.int32
+        and kv_lens.dtype is torch.int32
+        and block_tables.stride()[1] == 1
+        and cu_seqlens_q.is_contiguous()
+        and kv_lens.is_contiguous()
     )

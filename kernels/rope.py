@@ -56,4 +56,4 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
 
 
 def _fits(x: Tensor) -> bool:
-    return x.dtype is torch.float32 and x.stride(2) == 1 and x.is_cpu
+    return x.dtype is torch.float32 and x.stride()[2] == 1 and x.is_cpu

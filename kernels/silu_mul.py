@@ -20,10 +20,10 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up; gate_up: [M, 2I] with the gate in the first I columns -> [M, I] in the same dtype."""
     library = native.library()
-    fits = gate_up.dtype is torch.float32 and gate_up.is_cpu and gate_up.stride(1) == 1
+    fits = gate_up.dtype is torch.float32 and gate_up.is_cpu and gate_up.stride()[1] == 1
     if library is None or not fits:
         return silu_mul_reference(gate_up)
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(rows, columns)
-    library.silu_mul(gate_up.data_ptr(), rows, gate_up.stride(0), columns, y.data_ptr())
+    library.silu_mul(gate_up.data_ptr(), rows, gate_up.stride()[0], columns, y.data_ptr())
     return y
