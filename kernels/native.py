@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +29,6 @@ FLAGS = (
     "-march=native",
     "-fopenmp",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",
     "-ffp-contract=off",  # the order and number of roundings are written in the sources
     "-fno-math-errno",
@@ -40,6 +40,7 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[type]] = {
     "simd_name": [],
     "thread_count": [],
+    "nf4_quantize": [_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER],
     "linear_forward": [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT],
     "linear_rows": [_POINTER, _POINTER, _INT, _POINTER],
     "rms_norm": [_POINTER, *[_INT] * 5, _POINTER, _FLOAT, _POINTER, _POINTER],
@@ -132,17 +133,26 @@ def build(extra_flags: tuple[str, ...] = (), folder: Path | None = None) -> Path
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=folder)
-        os.close(handle)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as aside:
+            whole = _compile(compiler, flags, [path for path in sources if path.suffix == ".c"], Path(aside))
+            whole.replace(target)
     except OSError as error:
         raise NativeError(f"cannot write to {folder}: {error}") from error
-    partial = Path(name)
-    try:
-        _run([compiler, *flags, "-o", name, *(str(path) for path in sources if path.suffix == ".c"), "-lm"])
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
     return target
+
+
+def _compile(compiler: str, flags: tuple[str, ...], sources: list[Path], folder: Path) -> Path:
+    """Compiles the sources side by side and links them to one library in `folder`."""
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = [
+            [compiler, *flags, "-c", "-o", str(target), str(source)]
+            for target, source in zip(objects, sources, strict=True)
+        ]
+        list(pool.map(_run, commands))
+    whole = folder / "whole.so"
+    _run([compiler, *flags, "-shared", "-o", str(whole), *map(str, objects), "-lm"])
+    return whole
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -19,6 +19,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lorry.kernels import native
+
 CODE: tuple[float, ...] = (
     -1.0,
     -0.6961928009986877,
@@ -167,13 +169,19 @@ def _quantize_flat(flat: Tensor, blocksize: int, packed: Tensor, absmax: Tensor)
     code = _code_tensor().to(flat.device)
     thresholds = (code[:-1] + code[1:]) / 2
     whole = flat.numel() // blocksize * blocksize
-    for start in range(0, whole, _CHUNK_ELEMENTS):
-        stop = min(start + _CHUNK_ELEMENTS, whole)
-        blocks = flat[start:stop].float().view(-1, blocksize)
-        peak = blocks.abs().amax(dim=-1)
-        absmax[start // blocksize : stop // blocksize] = peak
-        scaled = blocks * (1.0 / peak.clamp(min=_SMALLEST_ABSMAX)).unsqueeze(-1)
-        packed[start // 2 : stop // 2] = _pack_nibbles(scaled.clamp_(-1, 1).view(-1), thresholds)
+    library = native.library()
+    if library is not None and flat.is_cpu:
+        library.nf4_quantize(
+            flat.data_ptr(),
+            native.ELEMENT_TYPES[flat.dtype],
+            whole // blocksize,
+            blocksize,
+            thresholds.data_ptr(),
+            packed.data_ptr(),
+            absmax.data_ptr(),
+        )
+    else:
+        _quantize_blocks(flat[:whole], blocksize, thresholds, packed, absmax)
     if whole < flat.numel():
         tail = flat[whole:].float()
         peak = tail.abs().max().clamp(min=_SMALLEST_ABSMAX)
@@ -181,6 +189,16 @@ def _quantize_flat(flat: Tensor, blocksize: int, packed: Tensor, absmax: Tensor)
         scaled = torch.clamp(tail / peak, -1, 1)
         scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
         packed[whole // 2 :] = _pack_nibbles(scaled, thresholds)
+
+
+def _quantize_blocks(flat: Tensor, blocksize: int, thresholds: Tensor, packed: Tensor, absmax: Tensor) -> None:
+    for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
+        stop = min(start + _CHUNK_ELEMENTS, flat.numel())
+        blocks = flat[start:stop].float().view(-1, blocksize)
+        peak = blocks.abs().amax(dim=-1)
+        absmax[start // blocksize : stop // blocksize] = peak
+        scaled = blocks * (1.0 / peak.clamp(min=_SMALLEST_ABSMAX)).unsqueeze(-1)
+        packed[start // 2 : stop // 2] = _pack_nibbles(scaled.clamp_(-1, 1).view(-1), thresholds)
 
 
 def _pack_nibbles(scaled: Tensor, thresholds: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorry.kernels import nf4
+from lorry.kernels import native, nf4
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (1, 63), (5, 64), (7, 65), (33, 129), (3, 577), (64, 576), (321, 1537))
@@ -27,10 +27,18 @@ def eager() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [1.0, 3e-4])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.usefixtures("eager")
 def test_equals_bitsandbytes_bit_for_bit(
-    shape: tuple[int, int], dtype: torch.dtype, double_quant: bool, scale: float
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    double_quant: bool,
+    scale: float,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     bnb = pytest.importorskip("bitsandbytes.functional")
     weight = (torch.randn(shape) * scale).to(dtype)
     if shape[0] > 3:
@@ -51,8 +59,23 @@ def test_equals_bitsandbytes_bit_for_bit(
         assert same_bits(nf4.dequantize(ours, out), bnb.dequantize_4bit(packed, state).view(shape)), out
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+def test_native_equals_the_reference(dtype: torch.dtype, blocksize: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = (torch.randn(131, 131) * 1e-3).to(dtype)
+    weight[7] = 0
+    ours = nf4.quantize(weight, blocksize)
+    monkeypatch.setattr(native, "library", lambda: None)
+    reference = nf4.quantize(weight, blocksize)
+    assert torch.equal(ours.packed, reference.packed)
+    assert torch.equal(ours.absmax, reference.absmax)
+    assert ours.nested_offset == reference.nested_offset
+
+
 @pytest.mark.parametrize("chunk", [64, 192, 1 << 22])
 def test_chunks_do_not_show(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
     weight = torch.randn(37, 95)
     whole = nf4.quantize(weight)
     monkeypatch.setattr(nf4, "_CHUNK_ELEMENTS", chunk)
