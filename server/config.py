@@ -47,14 +47,12 @@ class EngineConfig:
     """Most sequences in one batch."""
     max_waiting: int = 1024
     """Most requests that may wait for their first token; the frontend refuses one more."""
-    token_budget: int = 512
+    token_budget: int = 256
     """Most tokens of one step, prompts' chunks and decoded tokens together."""
     context_length: int | None = None
     """Most tokens of prompt and answer together; None: what the model was trained for."""
     threads: int | None = None
     """Threads that compute on the CPU; None: one for each physical core."""
-    cache_dir: str | None = None
-    """Where converted models and compiled kernels are kept; None: the user's cache directory."""
     seed: int = 0
     """Seed of whatever is random in the engine beside the requests, which bring their own."""
     debug_checks: bool = False

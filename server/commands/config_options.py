@@ -20,7 +20,7 @@ from lorry.server.config import EngineConfig, ServerConfig
 _SIZES = {"kv_memory", "adapter_memory", "max_message_bytes"}
 _NAMES = {"adapters_dir": "--adapters", "adapter_roots": "--adapter-root"}
 _LEAST = {"port": 0, "metrics_port": 0, "drain_timeout": 0, "seed": 0, "restart_backoff": 0, "restart_backoff_max": 0}
-_METAVARS = {"adapters_dir": "DIR", "adapter_roots": "DIR", "cache_dir": "DIR"}
+_METAVARS = {"adapters_dir": "DIR", "adapter_roots": "DIR"}
 
 
 def _sentences() -> dict[tuple[str, str], str]:

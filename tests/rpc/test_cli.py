@@ -220,7 +220,7 @@ def test_serve_has_an_option_for_every_setting(monkeypatch: pytest.MonkeyPatch) 
     assert {parameter.name for parameter in config_options.parameters()} == names - {"engine"}
     arguments = (
         "serve --model m --adapters d --adapter-root x --adapter-root y --kv-memory 3MiB --adapter-memory 5MiB "
-        "--metrics-port 0 --threads 2 --dtype bfloat16 --log-format json --drain-timeout 1.5 --cache-dir c"
+        "--metrics-port 0 --threads 2 --dtype bfloat16 --log-format json --drain-timeout 1.5"
     )
     assert runner.invoke(app, arguments.split()).exit_code == 0
     engine = EngineConfig(
@@ -231,7 +231,6 @@ def test_serve_has_an_option_for_every_setting(monkeypatch: pytest.MonkeyPatch) 
         adapter_memory=5 << 20,
         threads=2,
         dtype="bfloat16",
-        cache_dir="c",
     )
     assert built.pop() == ServerConfig(engine=engine, metrics_port=0, log_format="json", drain_timeout=1.5)
 
