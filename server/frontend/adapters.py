@@ -61,6 +61,7 @@ class EngineAdapters:
         self._mirror: dict[str, AdapterInfo] = {}
         self._watchers: set[_Watcher] = set()
         self._journal: dict[str, tuple[Lasting, ...]] = {}
+        self._listing = -1  # call_id of the list that a new engine was asked for
 
     async def load(
         self, id: str, path: str, *, expected_revision: str | None = None, pin: bool = False, replace: bool = False
@@ -110,6 +111,9 @@ class EngineAdapters:
 
     def replied(self, reply: AdapterReply) -> None:
         """The answer to a command; nobody may wait for it any more."""
+        if reply.call_id == self._listing:  # at once: a change may follow in the same batch
+            self._replace_mirror(reply.adapters)
+            return
         future = self._open.pop(reply.call_id, None)
         if future is None or future.done():
             return
@@ -139,9 +143,8 @@ class EngineAdapters:
         for commands in self._journal.values():
             for command in commands:
                 self._repeat(command)
-        listing = GetAdapters(next(self._calls))
-        self._expect(listing).add_done_callback(self._replace_mirror)
-        self._send(listing)
+        self._listing = next(self._calls)
+        self._send(GetAdapters(self._listing))
 
     # ---------------------------------------------------------------- inside
 
@@ -169,10 +172,8 @@ class EngineAdapters:
         self._expect(again).add_done_callback(done)
         self._send(again)
 
-    def _replace_mirror(self, future: asyncio.Future[Infos]) -> None:
-        if future.cancelled() or future.exception() is not None:
-            return
-        now = {info.id: info for info in future.result()}
+    def _replace_mirror(self, infos: Infos) -> None:
+        now = {info.id: info for info in infos}
         before, self._mirror = self._mirror, now
         for id, info in before.items():
             if id not in now:
