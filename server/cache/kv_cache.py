@@ -32,8 +32,7 @@ def choose_num_blocks(
 class KVCache:
     """keys[layer], values[layer]: [num_blocks, kv_heads, BLOCK_SIZE, head_dim] in `dtype`.
 
-    Not initialised: no kernel reads a slot before its token is stored, and on the CPU memory that was never touched
-    costs nothing.
+    Zeroed, which on the CPU makes all of it resident: `--kv-memory` says how much that may be.
     """
 
     def __init__(
@@ -48,8 +47,8 @@ class KVCache:
         shape = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
         self.num_blocks = num_blocks
         self.dtype = dtype
-        self.keys: list[Tensor] = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values: list[Tensor] = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.keys: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
 
     @property
     def nbytes(self) -> int:
