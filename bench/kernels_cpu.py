@@ -24,7 +24,7 @@ import typer
 from torch import Tensor
 
 from lorry.kernels import native, nf4
-from lorry.kernels.kv_store import kv_store
+from lorry.kernels.kv_store import empty_caches, kv_store
 from lorry.kernels.linear import DenseLinear, dense_linear, dense_linear_reference
 from lorry.kernels.lora import SITES, AdapterPages, Segments, Site, lora_add, lora_add_reference
 from lorry.kernels.nf4_linear import NF4Linear, nf4_linear, nf4_linear_reference
@@ -240,16 +240,18 @@ def bench_attention(model: str, m: dict[str, int], rounds: int) -> list[Figure]:
     ):
         blocks = -(-kv_len // 16) * sequences
         caches = [
-            torch.randn(2, blocks, kv_heads, 16, width).bfloat16()
+            empty_caches(blocks, kv_heads, 16, width, torch.bfloat16)
             for _ in range(copies(4 * blocks * kv_heads * 16 * width))
         ]
+        for cache in (cache for pair in caches for cache in pair):
+            cache.copy_(torch.randn(cache.shape))
         tables = torch.randperm(blocks).int().view(sequences, -1)
         bounds = torch.arange(0, (sequences + 1) * q_len, q_len).int()
         lens = torch.full((sequences,), kv_len).int()
         q = torch.randn(sequences * q_len, heads, width)
 
         def attend(
-            cache: Tensor, function: Callable[..., Tensor] = paged_attention, a: Any = (q, tables, bounds, lens)
+            cache: tuple[Tensor, Tensor], function: Callable[..., Tensor] = paged_attention, a: Any = (q, tables, bounds, lens)
         ) -> Tensor:
             return function(a[0], cache[0], cache[1], a[1], a[2], a[3], width**-0.5)
 
@@ -265,7 +267,7 @@ def bench_attention(model: str, m: dict[str, int], rounds: int) -> list[Figure]:
             f"{sequences} sequences of {kv_len}",
             q_len,
             ours,
-            caches[0].nbytes,
+            2 * caches[0][0].nbytes,
             4 * sequences * heads * width * seen,
         )
         row["over_torch"] = reference / ours
@@ -282,7 +284,7 @@ def bench_small(model: str, m: dict[str, int], rounds: int) -> list[Figure]:
         q, k, v = (torch.randn(rows, count, width) for count in (heads, kv_heads, kv_heads))
         positions, angles = torch.arange(rows), torch.rand(1024, width // 2)
         table = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        caches = torch.zeros(2, -(-rows // 16), kv_heads, 16, width, dtype=torch.bfloat16)
+        caches = empty_caches(-(-rows // 16), kv_heads, 16, width, torch.bfloat16)
         gate_up = torch.randn(rows, 2 * inner)
         calls: dict[str, tuple[Callable[[], object], int]] = {
             "rms_norm": (partial(rms_norm, x, weight, 1e-5), 2 * x.nbytes),

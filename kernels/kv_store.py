@@ -1,4 +1,4 @@
-"""Scatter of new keys and values into the paged KV cache.
+"""The paged KV cache in memory, and the scatter of new keys and values into it.
 
 k_cache[slot // B, :, slot % B] = k[t],  v_cache likewise,  slot = slot_mapping[t],  slot -1: skipped
 """
@@ -9,6 +9,31 @@ import torch
 from torch import Tensor
 
 from lorry.kernels import native
+
+
+def empty_caches(
+    num_blocks: int, heads: int, block_size: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Zeroed keys and values, [num_blocks, Hk, B, D] each.
+
+    On the CPU the keys are a view whose tokens of one dimension lie side by side, as [num_blocks, Hk, D, B]: one
+    vector is one dimension of 16 tokens. The CPU kernels take no other; the references take any.
+    """
+    values = torch.zeros(num_blocks, heads, block_size, width, dtype=dtype, device=device)
+    if not values.is_cpu:
+        return torch.zeros_like(values), values
+    return torch.zeros(num_blocks, heads, width, block_size, dtype=dtype).transpose(2, 3), values
+
+
+def fits_kernels(k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether the CPU kernels take these caches."""
+    return (
+        k_cache.is_cpu
+        and k_cache.dtype is v_cache.dtype
+        and k_cache.dtype in native.ELEMENT_TYPES
+        and k_cache.transpose(2, 3).is_contiguous()
+        and v_cache.is_contiguous()
+    )
 
 
 def kv_store_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -24,7 +49,7 @@ def kv_store_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, s
 def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """k_cache[slot // B, :, slot % B] = k[t], v_cache likewise.
 
-    k, v: [T, Hk, D], strided views allowed (last dimension contiguous); caches: [num_blocks, Hk, B, D] in the
+    k, v: [T, Hk, D], strided views allowed (last dimension contiguous); caches: as `empty_caches` makes them, in the
     KV dtype, to which values are rounded; slot_mapping: int64 [T], block * B + offset, or -1 to skip the row.
     Two rows of one call must not share a slot. Raises IndexError for a slot outside the caches.
     """
@@ -63,8 +88,5 @@ def _fits(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
         and k.is_cpu
         and k.stride()[2] == 1
         and v.stride()[2] == 1
-        and k_cache.dtype is v_cache.dtype
-        and k_cache.dtype in native.ELEMENT_TYPES
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
+        and fits_kernels(k_cache, v_cache)
     )

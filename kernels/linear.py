@@ -52,6 +52,8 @@ class DenseLinear:
             tiles,
             None if self._wide_bias is None else self._wide_bias.data_ptr(),
             None,
+            None,
+            0.0,
             native.ELEMENT_TYPES[weight.dtype],
         )
         self.plan = ctypes.addressof(self._c_linear)

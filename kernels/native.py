@@ -62,7 +62,7 @@ _SIGNATURES: dict[str, list[type]] = {
 
 
 class Part(ctypes.Structure):
-    """struct part of csrc/linear.c."""
+    """struct part of csrc/linear.h."""
 
     _fields_ = (
         ("words", _POINTER),
@@ -77,7 +77,7 @@ class Part(ctypes.Structure):
 
 
 class Linear(ctypes.Structure):
-    """struct linear of csrc/linear.c."""
+    """struct linear of csrc/linear.h."""
 
     _fields_ = (
         ("parts", _POINTER),
@@ -87,6 +87,8 @@ class Linear(ctypes.Structure):
         ("tiles", _INT),
         ("bias", _POINTER),
         ("code", _POINTER),
+        ("code_int16", _POINTER),
+        ("unit", _FLOAT),
         ("kind", _INT),
     )
 

@@ -6,7 +6,9 @@ The CPU kernel keeps double quantization compressed and computes, one float32 ch
 
     y[m, n] = bias[n] + sum over blocks b of absmax[n, b] * (sum over the block's k of code[q[n, k]] * x[m, k])
 
-so that a row has the same bits in every batch.
+so that a row has the same bits in every batch. The inner sums are float32 ones, or ("int16") those of integers: x
+rounded to 16 bits per row and block, code to 14, their sum exact. That is twice as fast, and its error is a quarter of
+what rounding x and W to TF32 makes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +27,10 @@ from lorry.kernels.nf4 import NF4Weight
 
 TILE = 16  # output columns that lie side by side in memory
 NESTED_SPAN = 32  # nested groups that one tile may touch, and the padding behind the last
-KIND = 3  # enum kind of csrc/linear.c
+KINDS = {"float32": 3, "int16": 4}  # enum kind of csrc/linear.h
+INT16_UNITS = range(4096, 8192)  # for the integers that stand for the codes: the more bits they have, the fewer x has
+
+Products = Literal["float32", "int16"]
 
 
 class NF4Linear:
@@ -31,10 +38,12 @@ class NF4Linear:
 
     parts: NF4 weights [N_i, K] of one K; bias: [sum of N_i] or None. Each part keeps its own absmax state. Where the
     CPU kernel serves (float32 rows, blocksize 64, K % 64 == 0, every N_i % 16 == 0) codes and absmax are permuted
-    once into tiles of 16 columns; `parts` undoes the permutation.
+    once into tiles of 16 columns; `parts` undoes the permutation. products: the numbers that this kernel multiplies.
     """
 
-    def __init__(self, parts: Sequence[NF4Weight], bias: Tensor | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[NF4Weight], bias: Tensor | None = None, products: Products = "float32"
+    ) -> None:
         if not parts:
             raise ValueError("parts must hold at least one NF4Weight")
         if len({part.shape[1] for part in parts}) != 1:
@@ -46,6 +55,7 @@ class NF4Linear:
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"bias must be [{self.out_features}], got {list(bias.shape)}")
         self.bias = bias
+        self.products = products
         self.native = native.library() is not None and all(_fits(part) for part in parts)
         self._parts = [_permuted(part) for part in parts] if self.native else list(parts)
         if self.native:
@@ -54,6 +64,7 @@ class NF4Linear:
     def _plan(self) -> None:
         """The C struct that describes these tensors; what it points to lives as long as self."""
         self._code = self._parts[0].code.float().contiguous()
+        self._code_int16, unit = int16_codes(tuple(self._code.tolist()))
         self._wide_bias = None if self.bias is None else self.bias.float().contiguous()
         self._c_parts = (native.Part * len(self._parts))(*map(_describe, self._parts))
         self._c_linear = native.Linear(
@@ -64,7 +75,9 @@ class NF4Linear:
             self.out_features // TILE,
             None if self._wide_bias is None else self._wide_bias.data_ptr(),
             self._code.data_ptr(),
-            KIND,
+            self._code_int16.data_ptr(),
+            unit,
+            KINDS[self.products],
         )
         self.plan = ctypes.addressof(self._c_linear)
 
@@ -92,10 +105,22 @@ def _fits(part: NF4Weight) -> bool:
     )
 
 
+@cache
+def int16_codes(code: tuple[float, ...]) -> tuple[Tensor, float]:
+    """round(unit * code) twice over, int16 [32], and the unit of INT16_UNITS whose greatest rounding is least."""
+    exact = torch.tensor(code, dtype=torch.float64) * torch.tensor(INT16_UNITS, dtype=torch.float64)[:, None]
+    error = (exact - exact.round()).abs().amax(1) / torch.tensor(INT16_UNITS)
+    best = int(error.argmin())
+    return exact[best].round().to(torch.int16).repeat(2), float(INT16_UNITS[best])
+
+
 def _permuted(part: NF4Weight) -> NF4Weight:
-    """Codes to [N/16, K/8, 16] words of eight nibbles, absmax to [N/16, K/64, 16]; a pure permutation."""
+    """Codes to [N/16, K/8, 16] words of eight nibbles, k = 0, 2, 4, 6, 1, 3, 5, 7 from the lowest on; absmax to
+    [N/16, K/64, 16]; a pure permutation."""
     rows, columns = part.shape
     words = part.packed.view(rows // TILE, TILE, columns // 8, 4).transpose(1, 2)
+    even, odd = words >> 4, words & 15
+    words = torch.cat([half[..., ::2] | half[..., 1::2] << 4 for half in (even, odd)], -1)
     absmax = part.absmax.view(rows // TILE, TILE, columns // part.blocksize).transpose(1, 2)
     nested = part.nested_absmax
     if nested is not None:
@@ -106,8 +131,9 @@ def _permuted(part: NF4Weight) -> NF4Weight:
 def _unpermuted(part: NF4Weight) -> NF4Weight:
     rows, columns = part.shape
     words = part.packed.view(rows // TILE, columns // 8, TILE, 4).transpose(1, 2)
+    even, odd = (torch.stack([half & 15, half >> 4], -1).flatten(-2) for half in words.split(2, -1))
     absmax = part.absmax.view(rows // TILE, columns // part.blocksize, TILE).transpose(1, 2)
-    return replace(part, packed=words.flatten(), absmax=absmax.flatten())
+    return replace(part, packed=(even << 4 | odd).flatten(), absmax=absmax.flatten())
 
 
 def _describe(part: NF4Weight) -> native.Part:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels import native
+from lorry.kernels.kv_store import fits_kernels
 
 BLOCK_SIZE = 16  # what the CPU kernel serves; see csrc/attention.c for the limits below
 MAX_HEAD_DIM = 256
@@ -66,7 +67,8 @@ def paged_attention(
 ) -> Tensor:
     """softmax(scale * q @ K.T, causal) @ V for every row of every sequence of the batch.
 
-    q: [T, Hq, D], strided views allowed; caches: [num_blocks, Hk, B, D], float32, bfloat16 or float16;
+    q: [T, Hq, D], strided views allowed; caches: [num_blocks, Hk, B, D] as `empty_caches` makes them, float32,
+    bfloat16 or float16;
     block_tables: int32 [S, max_blocks]; cu_seqlens_q: int32 [S + 1], rows cu[s]..cu[s+1] are sequence s (may be
     none); kv_lens: int32 [S], tokens in the cache including this step's own; scale: usually D ** -0.5;
     sliding_window: tokens seen including the row's own, 0 for all. Returns [T, Hq, D] contiguous, q's dtype.
@@ -108,16 +110,12 @@ def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor, width: int) -> bool:
     _, kv_heads, block_size, _ = k_cache.shape
     return (
         q.dtype is torch.float32
-        and q.is_cpu
         and q.stride()[2] == 1
         and width % 16 == 0
         and width <= MAX_HEAD_DIM
         and q.shape[1] // kv_heads <= MAX_GROUP
         and block_size == BLOCK_SIZE
-        and k_cache.dtype in native.ELEMENT_TYPES
-        and k_cache.dtype is v_cache.dtype
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
+        and fits_kernels(k_cache, v_cache)
     )
 
 

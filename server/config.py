@@ -30,7 +30,8 @@ class EngineConfig:
     device: str = "auto"
     """Where the model computes: "auto", "cpu" or "cuda"."""
     dtype: DtypeChoice = "auto"
-    """Type of the activations; auto: float32 on the CPU, bfloat16 on CUDA."""
+    """Type of the activations; auto: bfloat16 on CUDA, on the CPU float32, rounded to 16-bit integers where they meet
+    NF4 weights; float32, said by name, is not rounded."""
     kv_dtype: DtypeChoice = "auto"
     """Type of the key and value cache; auto: bfloat16."""
     adapter_dtype: DtypeChoice = "auto"

@@ -3,7 +3,10 @@
  * Keys and values are walked in panels of 64 tokens and chunks of 256, both aligned to the sequence's first token:
  * within a chunk the softmax is online over panels, chunks are merged in ascending order. A row's bits therefore
  * depend on its own tokens only, not on the batch, on how a prompt was cut, or on which thread did what.
- * Each panel is decoded to float32 once for all query heads that share it and for all rows of the task.
+ * Where many query rows share a panel, it is decoded to float32 once for all of them; a few rows read it as it lies,
+ * with the same operations in the same order.
+ *
+ * In a block of 16 tokens the keys lie as [d][16], so that one load brings a dimension of all 16, the values as [16][d].
  */
 #include "tile.h"
 
@@ -13,6 +16,7 @@
 #define MAX_QUERIES 64
 #define MAX_HEAD 256
 #define TASK_QUERIES 48 /* four register tiles share a decoded panel */
+#define DIRECT_QUERIES (TILE_ACCUMULATORS / 4) /* at most so many rows read the cache itself */
 
 struct attention {
     const float *q;
@@ -54,64 +58,26 @@ INLINE float exp_of(float x) {
     return lanes[0];
 }
 
-/* keys[c ..][0 .. 15] of a whole block from its tokens' rows k [BLOCK][d]. */
-INLINE void transpose_block(const enum elem type, const void *k, int64_t d, float (*keys)[PANEL]) {
-#if defined(__AVX512F__)
-    if (type == BF16) { /* two columns travel as one 32-bit lane: half of the shuffles */
-        int64_t c = 0;
-        for (; c + 2 * LANES <= d; c += 2 * LANES) {
-            vf pair[LANES];
-#pragma GCC unroll 16
-            for (int t = 0; t < BLOCK; t++) pair[t] = _mm512_loadu_ps((const uint16_t *)k + t * d + c);
-            vf_transpose(pair);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) {
-                const vu both = _mm512_castps_si512(pair[i]);
-                vf_store(keys[c + 2 * i], _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
-                vf_store(keys[c + 2 * i + 1],
-                         _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000u))));
-            }
-        }
-        if (c == d) return;
-        keys += c;
-        k = (const uint16_t *)k + c;
-    }
-    const int64_t left = type == BF16 ? d % (2 * LANES) : d;
-#else
-    const int64_t left = d;
-#endif
-    for (int64_t c = 0; c < left; c += LANES) {
-        vf row[BLOCK];
-#pragma GCC unroll 16
-        for (int t = 0; t < BLOCK; t++) row[t] = vf_load_as(type, elem_at(type, k, t * d + c));
-        vf_transpose(row);
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) vf_store(keys[c + i], row[i]);
-    }
-}
-
-/* Tokens [first, first + PANEL) of one head; those outside [low, high) become zeros, and are not read where their
- * whole block lies outside. */
+/* Tokens [first, first + PANEL) of one head. Values outside [low, high) become zeros; keys there may be anything, as
+ * the scores are overwritten. Blocks that lie outside as a whole are not read. */
 INLINE void decode_panel(const enum elem type, const struct attention *a, const int32_t *table, int64_t head,
                          int64_t first, int64_t low, int64_t high, struct workspace *ws) {
     const int64_t d = a->d;
     for (int64_t t0 = 0; t0 < PANEL; t0 += BLOCK) {
         const int64_t token = first + t0;
         const int live = token + BLOCK > low ? (int)MAX(0, MIN(BLOCK, high - token)) : 0;
-        float(*keys)[PANEL] = (float(*)[PANEL]) & ws->keys[0][t0];
         if (live) {
             const int64_t at = ((int64_t)table[token / BLOCK] * a->kv_heads + head) * BLOCK * d;
-            transpose_block(type, elem_at(type, a->k_cache, at), d, keys);
+            for (int64_t c = 0; c < d; c++)
+                vf_store(&ws->keys[c][t0], vf_load_as(type, elem_at(type, a->k_cache, at + c * BLOCK)));
             for (int64_t c = 0; c < d; c += LANES)
                 for (int t = 0; t < live; t++)
                     vf_store(&ws->values[c / PANEL][t0 + t][c % PANEL],
                              vf_load_as(type, elem_at(type, a->v_cache, at + t * d + c)));
         }
         for (int t = live; t < BLOCK; t++)
-            for (int64_t c = 0; c < d; c += LANES) {
-                for (int i = 0; i < LANES; i++) keys[c + i][t] = 0.0f;
+            for (int64_t c = 0; c < d; c += LANES)
                 vf_store(&ws->values[c / PANEL][t0 + t][c % PANEL], vf_set1(0.0f));
-            }
     }
 }
 
@@ -127,6 +93,114 @@ INLINE void prefetch_panel(const struct attention *a, const int32_t *table, int6
     }
 }
 
+/* Where the blocks of a panel lie in the caches, for one head; those with no live token repeat one that has. */
+struct blocks {
+    int64_t at[PANEL / BLOCK];
+};
+
+INLINE struct blocks blocks_of(const struct attention *a, const int32_t *table, int64_t head, int64_t first, int64_t low,
+                               int64_t high) {
+    const int64_t begin = MAX(0, low - first) / BLOCK, last = (MIN(PANEL, high - first) - 1) / BLOCK;
+    struct blocks b;
+    for (int64_t i = 0; i < PANEL / BLOCK; i++) {
+        const int64_t live = MAX(begin, MIN(i, last));
+        b.at[i] = ((int64_t)table[first / BLOCK + live] * a->kv_heads + head) * BLOCK * a->d;
+    }
+    return b;
+}
+
+/* scores[m][16 n ..] += sum over k of x[m][k] * keys[k] of `columns` blocks from `at` on. */
+INLINE void direct_scores(const enum elem type, const void *cache, const int64_t *at, const float *x, int64_t count,
+                          float *scores, const int rows, const int columns) {
+    vf acc[DIRECT_QUERIES][4];
+#pragma GCC unroll 6
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < columns; n++) acc[m][n] = vf_set1(0.0f);
+    for (int64_t k = 0; k < count; k++) {
+        vf key[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < columns; n++) key[n] = vf_load_as(type, elem_at(type, cache, at[n] + k * BLOCK));
+#pragma GCC unroll 6
+        for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+            for (int n = 0; n < columns; n++) acc[m][n] = vf_fma(key[n], vf_set1(x[m * BLOCK_K + k]), acc[m][n]);
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < columns; n++) {
+            float *s = scores + m * PANEL + n * BLOCK;
+            vf_store(s, vf_add(acc[m][n], vf_load(s)));
+        }
+}
+
+/* out[m][16 n ..] += sum over the panel's tokens [low, high) of weights[m][token] * values[token], columns from c on. */
+INLINE void direct_values(const enum elem type, const void *cache, const int64_t *at, int64_t low, int64_t high,
+                          int64_t d, int64_t c, const float *weights, float *out, const int rows, const int columns) {
+    vf acc[DIRECT_QUERIES][4];
+#pragma GCC unroll 6
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < columns; n++) acc[m][n] = vf_set1(0.0f);
+    for (int64_t t = low; t < high; t++) {
+        const void *token = elem_at(type, cache, at[t / BLOCK] + t % BLOCK * d + c);
+        vf value[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < columns; n++) value[n] = vf_load_as(type, elem_at(type, token, n * LANES));
+#pragma GCC unroll 6
+        for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+            for (int n = 0; n < columns; n++)
+                acc[m][n] = vf_fma(value[n], vf_set1(weights[m * PANEL + t]), acc[m][n]);
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < columns; n++) {
+            float *o = out + m * PANEL + n * LANES;
+            vf_store(o, vf_add(acc[m][n], vf_load(o)));
+        }
+}
+
+enum step { SCORES, VALUES };
+
+/* One step of `rows` query rows over a panel whose tokens [low, high) are live. */
+INLINE void direct_rows(const enum step step, const enum elem type, const struct attention *a, const struct blocks *b,
+                        int64_t low, int64_t high, struct workspace *ws, const int rows) {
+    for (int64_t c = 0; c < a->d; c += BLOCK_K) {
+        const int64_t left = MIN(BLOCK_K, a->d - c);
+        float *out = ws->chunk.out[c / PANEL][0];
+        if (step == SCORES) {
+            direct_scores(type, elem_at(type, a->k_cache, c * BLOCK), b->at, ws->queries[c / BLOCK_K][0], left,
+                          ws->scores[0], rows, PANEL / BLOCK);
+        } else if (left == BLOCK_K) {
+            direct_values(type, a->v_cache, b->at, low, high, a->d, c, ws->scores[0], out, rows, BLOCK_K / LANES);
+        } else {
+            for (int64_t i = 0; i < left; i += LANES)
+                direct_values(type, a->v_cache, b->at, low, high, a->d, c + i, ws->scores[0], out + i, rows, 1);
+        }
+    }
+}
+
+INLINE void direct_typed(const enum step step, const enum elem type, const struct attention *a, const struct blocks *b,
+                         int64_t low, int64_t high, struct workspace *ws, int queries) {
+#define DIRECT_CASE(rows) \
+    case rows: direct_rows(step, type, a, b, low, high, ws, MIN(rows, DIRECT_QUERIES)); break;
+    switch (queries) {
+        DIRECT_CASE(1) DIRECT_CASE(2) DIRECT_CASE(3) DIRECT_CASE(4) DIRECT_CASE(5) DIRECT_CASE(6)
+    }
+}
+
+static void direct(const enum step step, const struct attention *a, const struct blocks *b, int64_t low, int64_t high,
+                   struct workspace *ws, int queries) {
+    switch (a->type) {
+        case BF16: direct_typed(step, BF16, a, b, low, high, ws, queries); break;
+        case F16: direct_typed(step, F16, a, b, low, high, ws, queries); break;
+        default: direct_typed(step, F32, a, b, low, high, ws, queries);
+    }
+}
+
 static void decode_panel_typed(const struct attention *a, const int32_t *table, int64_t head, int64_t first, int64_t low,
                                int64_t high, struct workspace *ws) {
     switch (a->type) {
@@ -139,8 +213,8 @@ static void decode_panel_typed(const struct attention *a, const int32_t *table, 
 /* scores [64] of one query -> weights in place; visible tokens are [low, high) of the panel. */
 INLINE void soften(float *scores, int64_t low, int64_t high, struct state *s, int query, int64_t d) {
     const float old = s->peak[query];
-    for (int64_t t = 0; t < PANEL; t++)
-        if (t < low || t >= high) scores[t] = -INFINITY;
+    for (int64_t t = 0; t < low; t++) scores[t] = -INFINITY;
+    for (int64_t t = high; t < PANEL; t++) scores[t] = -INFINITY;
     vf peak = vf_load(scores);
     for (int t = LANES; t < PANEL; t += LANES) peak = vf_max(peak, vf_load(scores + t));
     const float now = MAX(old, vf_peak(peak));
@@ -150,7 +224,7 @@ INLINE void soften(float *scores, int64_t low, int64_t high, struct state *s, in
         vf_store(scores + t, weight);
         sum = vf_add(sum, weight);
     }
-    const float keep = exp_of(old - now);
+    const float keep = old == now ? 1.0f : exp_of(old - now);
     s->peak[query] = now;
     s->sum[query] = s->sum[query] * keep + vf_sum(sum);
     if (keep != 1.0f)
@@ -189,12 +263,18 @@ static void attend_chunk(const struct attention *a, const struct task *t, int64_
     const int32_t *table = a->block_tables + t->sequence * a->table_stride;
     reset(&ws->chunk, (int)queries, d);
     for (int64_t first = MAX(chunk * CHUNK, low / PANEL * PANEL); first < high; first += PANEL) {
-        decode_panel_typed(a, table, t->head, first, low, high, ws);
+        const struct blocks b = blocks_of(a, table, t->head, first, low, high);
+        const int64_t from = MAX(0, low - first), to = MIN(PANEL, high - first);
         prefetch_panel(a, table, t->head, first + PANEL, position + t->rows);
         memset(ws->scores, 0, (size_t)queries * sizeof ws->scores[0]);
-        for (int64_t c = 0; c < d; c += BLOCK_K)
-            tiles_add(ws->keys[c], ws->queries[c / BLOCK_K][0], MIN(BLOCK_K, d - c), ws->scores[0], (int)queries,
-                      PANEL / LANES);
+        if (queries <= DIRECT_QUERIES) {
+            direct(SCORES, a, &b, from, to, ws, (int)queries);
+        } else {
+            decode_panel_typed(a, table, t->head, first, low, high, ws);
+            for (int64_t c = 0; c < d; c += BLOCK_K)
+                tiles_add(ws->keys[c], ws->queries[c / BLOCK_K][0], MIN(BLOCK_K, d - c), ws->scores[0], (int)queries,
+                          PANEL / LANES);
+        }
         for (int64_t i = 0; i < queries; i++) {
             const int64_t p = position + i / group, end = MIN(p + 1, high) - first;
             const int64_t begin = a->window > 0 ? MAX(0, p - a->window + 1 - first) : 0;
@@ -202,6 +282,10 @@ static void attend_chunk(const struct attention *a, const struct task *t, int64_
                 memset(ws->scores[i], 0, sizeof ws->scores[i]); /* nothing visible: weights of zero */
             else
                 soften(ws->scores[i], begin, end, &ws->chunk, (int)i, d);
+        }
+        if (queries <= DIRECT_QUERIES) {
+            direct(VALUES, a, &b, from, to, ws, (int)queries);
+            continue;
         }
         for (int64_t c = 0; c < d; c += PANEL)
             tiles_add(ws->values[c / PANEL][0], ws->scores[0], PANEL, ws->chunk.out[c / PANEL][0], (int)queries,

@@ -87,39 +87,59 @@ EXPORT int silu_mul(const float *gate_up, int64_t m, int64_t stride, int64_t n, 
     return 0;
 }
 
-INLINE void store_row(const enum elem type, const float *x, void *cache, int64_t at, int64_t d) {
-    for (int64_t i = 0; i < d; i += LANES) {
-        const int count = (int)MIN(LANES, d - i);
-        vf_store_some(type, (char *)cache + (at + i) * elem_size(type), vf_load_some(F32, x + i, count), count);
+struct cache {
+    void *memory; /* [blocks][heads][block_size tokens of d, at these strides] */
+    int64_t heads, block_size, d, token_stride, stride;
+};
+
+INLINE void store_row(const enum elem type, const float *x, const struct cache *c, int64_t at) {
+    for (int64_t i = 0; i < c->d; i += LANES) {
+        const int count = (int)MIN(LANES, c->d - i);
+        const vf values = vf_load_some(F32, x + i, count);
+        if (c->stride == 1) {
+            vf_store_some(type, (char *)c->memory + (at + i) * elem_size(type), values, count);
+            continue;
+        }
+        uint32_t lanes[LANES];
+        vf_store_as(type, lanes, values);
+        for (int j = 0; j < count; j++) {
+            const int64_t to = at + (i + j) * c->stride;
+            if (elem_size(type) == 4)
+                ((uint32_t *)c->memory)[to] = lanes[j];
+            else
+                ((uint16_t *)c->memory)[to] = ((const uint16_t *)lanes)[j];
+        }
     }
 }
 
-static void store_rows(const enum elem type, const float *x, int64_t stride, int64_t head_stride, void *cache,
-                       int64_t heads, int64_t block_size, int64_t d, const int64_t *slots, int64_t begin, int64_t end) {
+static void store_rows(const enum elem type, const float *x, int64_t stride, int64_t head_stride, const struct cache *c,
+                       const int64_t *slots, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
         if (slots[i] < 0) continue;
-        for (int64_t h = 0; h < heads; h++) {
-            const int64_t at = ((slots[i] / block_size * heads + h) * block_size + slots[i] % block_size) * d;
+        for (int64_t h = 0; h < c->heads; h++) {
+            const int64_t block = (slots[i] / c->block_size * c->heads + h) * c->block_size * c->d;
+            const int64_t at = block + slots[i] % c->block_size * c->token_stride;
             const float *row = x + i * stride + h * head_stride;
             switch (type) {
-                case BF16: store_row(BF16, row, cache, at, d); break;
-                case F16: store_row(F16, row, cache, at, d); break;
-                default: store_row(F32, row, cache, at, d);
+                case BF16: store_row(BF16, row, c, at); break;
+                case F16: store_row(F16, row, c, at); break;
+                default: store_row(F32, row, c, at);
             }
         }
     }
 }
 
-/* Rows of k and v [t][heads][d] to slots of the caches [blocks][heads][block_size][d]; slot -1 skips the row.
- * Returns 1 when a slot is out of range. */
+/* Rows of k and v [t][heads][d] to slots of the caches, keys [blocks][heads][d][block_size] and values
+ * [blocks][heads][block_size][d]; slot -1 skips the row. Returns 1 when a slot is out of range. */
 EXPORT int kv_store(const float *k, int64_t k_stride, int64_t k_head_stride, const float *v, int64_t v_stride,
                     int64_t v_head_stride, void *k_cache, void *v_cache, int64_t type, int64_t blocks, int64_t heads,
                     int64_t block_size, int64_t d, const int64_t *slots, int64_t t) {
     for (int64_t i = 0; i < t; i++)
         if (slots[i] < -1 || slots[i] >= blocks * block_size) return 1;
+    const struct cache keys = {k_cache, heads, block_size, d, 1, block_size};
+    const struct cache values = {v_cache, heads, block_size, d, d, 1};
     const enum elem e = (enum elem)type;
-    OVER_ITEMS(t, t * heads * d / 4,
-               store_rows(e, k, k_stride, k_head_stride, k_cache, heads, block_size, d, slots, begin, end);
-               store_rows(e, v, v_stride, v_head_stride, v_cache, heads, block_size, d, slots, begin, end));
+    OVER_ITEMS(t, t * heads * d / 2, store_rows(e, k, k_stride, k_head_stride, &keys, slots, begin, end);
+               store_rows(e, v, v_stride, v_head_stride, &values, slots, begin, end));
     return 0;
 }

@@ -5,47 +5,10 @@
  * more rows decode a group of tiles into the cache, 64 k at a time, and run register tiles over it.
  * An output is sum over blocks of 64 k of absmax * (sum of code * x): the same chain on both ways.
  */
-#include "tile.h"
+#include "linear.h"
 
-enum kind { DENSE_F32 = F32, DENSE_BF16 = BF16, DENSE_F16 = F16, NF4 = 3 };
-
-struct part {
-    const void *words;           /* NF4 uint32 [tiles][K/8][16], dense [tiles][K][16] */
-    const uint8_t *absmax_codes; /* [tiles][K/64][16] when double-quantized, else NULL */
-    const float *absmax;         /* [tiles][K/64][16] when not */
-    const float *nested_absmax;  /* [ceil(blocks / 2^nested_shift) + 32] */
-    const float *nested_code;    /* [256] */
-    float nested_offset;
-    int32_t nested_shift;
-    int64_t tiles;
-};
-
-struct linear {
-    const struct part *parts;
-    int64_t part_count, in_features, out_features, tiles;
-    const float *bias; /* [out_features] or NULL */
-    const float *code; /* NF4: [16] */
-    int64_t kind;
-};
-
-/* absmax of 16 columns at block kb; blocks are numbered along the part's own rows: n * (K / 64) + kb. The nested
- * groups of a tile lie within 32 of the first one (the caller sees to it), nested_absmax is padded by 32.
- * `lanes` is vu_lanes(K / 64). */
-INLINE vf block_scale(const struct part *p, int64_t tile, int64_t kb, int64_t blocks_per_row, vu lanes) {
-    const int64_t at = (tile * blocks_per_row + kb) * LANES;
-    if (!p->absmax_codes) return vf_load(p->absmax + at);
-    const uint32_t first = (uint32_t)(tile * LANES * blocks_per_row + kb), group = first >> p->nested_shift;
-    const vu index = vu_sub(vu_srl(vu_add(vu_set1(first), lanes), p->nested_shift), vu_set1(group));
-    const vf scale = vf_lookup32(p->nested_absmax + group, index);
-    const vf code = vf_lookup256(p->nested_code, vu_load_u8(p->absmax_codes + at));
-    return vf_add(vf_mul(code, scale), vf_set1(p->nested_offset));
-}
-
-/* Bytes that a row's stream is prefetched ahead; all linears of a 135M model: 8.4 ms without, 4.8 ms with. */
-#define STREAM_AHEAD 4096
-
-/* Element i of eight sits in nibble i ^ 1: the high nibble of a byte comes first. */
-#define NF4_WEIGHT(table, word, i) vf_lookup16(table, VU_SRLI(word, ((i) ^ 1) * 4))
+/* The eight elements of a word in the order of its nibbles: 0, 2, 4, 6, 1, 3, 5, 7 (linear_int16.c says why). */
+#define NF4_WEIGHT(table, word, i) vf_lookup16(table, VU_SRLI(word, ((i) % 2 * 4 + (i) / 2) * 4))
 
 INLINE vf nf4_step8(vf table, vu word, const float *x, vf acc) {
     acc = vf_fma(NF4_WEIGHT(table, word, 0), vf_set1(x[0]), acc);
@@ -78,11 +41,6 @@ INLINE void block_sums(const int kind, const void *words, int64_t first, const f
             for (int j = 0; j < blocks; j++)
                 acc[j] = vf_fma(vf_load_as(kind, elem_at(kind, w, (j * BLOCK_K + k) * LANES)), vf_set1(x[j][k]), acc[j]);
     }
-}
-
-INLINE vf bias_or_zero(const struct linear *l, int64_t column) {
-    if (!l->bias) return vf_set1(0.0f);
-    return vf_load_some(F32, l->bias + column, (int)MIN(LANES, l->out_features - column));
 }
 
 /* One row: tiles [begin, end) of a part, whose columns start at `column`. */
@@ -120,11 +78,6 @@ INLINE void stream_row(const int kind, const struct linear *l, const struct part
     }
 }
 
-/* Distance of the prefetch while a group is decoded: the same place in the next group, if the cache can hold that. */
-INLINE int64_t group_ahead(int64_t tile_bytes) {
-    return GROUP_TILES * tile_bytes <= 128 << 10 ? GROUP_TILES * tile_bytes : 2048;
-}
-
 /* panel[k][n * 16 ..] of one tile and one block of `count` k. */
 INLINE void decode(const int kind, const struct linear *l, const struct part *p, int64_t tile, int64_t kb, int64_t count,
                    float *panel) {
@@ -152,14 +105,6 @@ INLINE void decode(const int kind, const struct linear *l, const struct part *p,
         }
     }
 }
-
-#define ROW_BLOCK 10   /* row tiles whose totals are kept while a group's k are walked */
-#define SUPERBLOCK 512 /* rows packed at once */
-
-struct rows {
-    int64_t count, tiles, base, longer; /* the first `longer` row tiles have base + 1 rows, the others base */
-};
-INLINE int64_t rows_start(const struct rows *r, int64_t i) { return i * r->base + MIN(i, r->longer); }
 
 INLINE int64_t padded(int64_t k) { return (k + BLOCK_K - 1) / BLOCK_K * BLOCK_K; }
 
@@ -256,6 +201,7 @@ static void rows_forward(const struct linear *l, const struct rows *r, const flo
 
 /* x [m][ldx] float32, y [m][ldy] float32. Returns 0, or -1 when memory is out. */
 EXPORT int linear_forward(const struct linear *l, const float *x, int64_t m, int64_t ldx, float *y, int64_t ldy) {
+    if (l->kind == NF4_INT16) return linear_int16(l, x, m, ldx, y, ldy);
     static __thread struct scratch packed_rows;
     const int threads = threads_for(l->in_features * l->out_features / 16 * m / 2);
     if (m == 1 && l->in_features % BLOCK_K == 0) {
@@ -268,10 +214,7 @@ EXPORT int linear_forward(const struct linear *l, const float *x, int64_t m, int
         return 0;
     }
     for (int64_t m0 = 0; m0 < m; m0 += SUPERBLOCK) {
-        struct rows r = {.count = MIN(SUPERBLOCK, m - m0)};
-        r.tiles = (r.count + TILE_MAX_ROWS - 1) / TILE_MAX_ROWS;
-        r.base = r.count / r.tiles;
-        r.longer = r.count % r.tiles;
+        const struct rows r = rows_of(MIN(SUPERBLOCK, m - m0));
         float *packed = scratch_get(&packed_rows, (size_t)(r.count * padded(l->in_features)) * sizeof(float));
         if (!packed) return -1;
         if (threads == 1) {

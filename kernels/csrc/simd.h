@@ -1,7 +1,9 @@
 /* Sixteen float lanes on AVX-512F, AVX2 + FMA, or plain C.
  *
- * vf: 16 floats. vu: 16 uint32. Every operation rounds once per lane; vf_fma is fused on the two vector paths and a
- * multiply followed by an addition in plain C, so results may differ between machines, never between calls on one.
+ * vf: 16 floats. vu: 16 uint32, or 16 pairs of int16 in the low and high halves of the lanes. Every operation rounds
+ * once per lane; vf_fma is fused on the two vector paths and a multiply followed by an addition in plain C, so results
+ * may differ between machines, never between calls on one. vu_lookup_pairs takes the low four bits of each half into a
+ * table of 16 that is given twice over, vu_dot2 adds low * low + high * high, vf_store_int16 rounds to nearest even.
  * Element types of stored tensors: F32, BF16, F16 (enum elem); functions that take one are always inlined with a
  * constant.
  */
@@ -149,6 +151,23 @@ INLINE void vf_store_as(enum elem type, void *p, vf v) {
     }
 }
 
+typedef vu pair_table;
+INLINE pair_table pair_table_load(const int16_t *table) { return _mm512_loadu_si512(table); }
+INLINE vu vu_lookup_pairs(pair_table table, vu index) { return _mm512_permutexvar_epi16(index, table); }
+INLINE vu vu_dot2(vu a, vu b, vu acc) {
+#ifdef __AVX512VNNI__
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); /* GCC 12 copies the intrinsic's acc forth and back */
+    return acc;
+#else
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+#endif
+}
+INLINE void vu_store(uint32_t *p, vu v) { _mm512_storeu_si512(p, v); }
+INLINE vf vf_from_int(vu v) { return _mm512_cvtepi32_ps(v); }
+INLINE void vf_store_int16(int16_t *p, vf v) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+}
+
 #elif defined(__AVX2__) && defined(__FMA__)
 
 #include <immintrin.h>
@@ -224,6 +243,36 @@ INLINE void vf_store_as(enum elem type, void *p, vf v) {
     for (int i = 0; i < LANES; i++) elem_store(type, p, i, wide[i]);
 }
 
+typedef struct {
+    __m256i low, high; /* bytes of the 16 values, in both 128-bit lanes */
+} pair_table;
+INLINE pair_table pair_table_load(const int16_t *table) {
+    uint8_t low[32], high[32];
+    for (int i = 0; i < 32; i++) low[i] = (uint8_t)table[i], high[i] = (uint8_t)((uint16_t)table[i] >> 8);
+    return (pair_table){_mm256_loadu_si256((const __m256i *)low), _mm256_loadu_si256((const __m256i *)high)};
+}
+INLINE __m256i lookup_pairs_half(pair_table table, __m256i index) { /* an index byte of 128 and above gives 0 */
+    const __m256i nibble = _mm256_and_si256(index, _mm256_set1_epi16(15));
+    const __m256i low = _mm256_or_si256(nibble, _mm256_set1_epi16((short)0x8000));
+    const __m256i high = _mm256_or_si256(_mm256_slli_epi16(nibble, 8), _mm256_set1_epi16(0x80));
+    return _mm256_or_si256(_mm256_shuffle_epi8(table.low, low), _mm256_shuffle_epi8(table.high, high));
+}
+INLINE vu vu_lookup_pairs(pair_table table, vu index) {
+    return (vu){lookup_pairs_half(table, index.a), lookup_pairs_half(table, index.b)};
+}
+INLINE vu vu_dot2(vu a, vu b, vu acc) {
+    return (vu){_mm256_add_epi32(acc.a, _mm256_madd_epi16(a.a, b.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.b, b.b))};
+}
+INLINE void vu_store(uint32_t *p, vu v) {
+    _mm256_storeu_si256((__m256i *)p, v.a);
+    _mm256_storeu_si256((__m256i *)(p + 8), v.b);
+}
+INLINE vf vf_from_int(vu v) { return (vf){_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+INLINE void vf_store_int16(int16_t *p, vf v) {
+    const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(both, 0xd8));
+}
+
 #else
 
 #define LORRY_SIMD "plain"
@@ -268,6 +317,32 @@ INLINE vf vf_lookup16(vf table, vu index) {
     vf v;
     for (int i = 0; i < LANES; i++) v[i] = table[index[i] & 15u];
     return v;
+}
+typedef struct {
+    int16_t values[LANES];
+} pair_table;
+INLINE pair_table pair_table_load(const int16_t *table) {
+    pair_table t;
+    memcpy(t.values, table, sizeof t.values);
+    return t;
+}
+INLINE vu vu_lookup_pairs(pair_table table, vu index) {
+    vu v;
+    for (int i = 0; i < LANES; i++)
+        v[i] = (uint16_t)table.values[index[i] & 15u] | (uint32_t)(uint16_t)table.values[index[i] >> 16 & 15u] << 16;
+    return v;
+}
+INLINE vu vu_dot2(vu a, vu b, vu acc) {
+    const vi low = ((vi)(a << 16) >> 16) * ((vi)(b << 16) >> 16), high = ((vi)a >> 16) * ((vi)b >> 16);
+    return acc + (vu)low + (vu)high;
+}
+INLINE void vu_store(uint32_t *p, vu v) { memcpy(p, &v, sizeof v); }
+INLINE vf vf_from_int(vu v) { return __builtin_convertvector((vi)v, vf); }
+INLINE void vf_store_int16(int16_t *p, vf v) {
+    for (int i = 0; i < LANES; i++) {
+        const float bounded = v[i] < 32767.0f ? v[i] : 32767.0f; /* also for a NaN */
+        p[i] = (int16_t)lrintf(bounded > -32768.0f ? bounded : -32768.0f);
+    }
 }
 #define LORRY_SCALAR_LOOKUP
 INLINE vf vf_load_as(enum elem type, const void *p) {

@@ -27,32 +27,7 @@ INLINE void tile(const float *restrict w, const float *restrict x, int64_t count
         }
 }
 
-#define FITS(rows, columns) ((rows) <= TILE_MAX_ROWS && (rows) * (columns) <= TILE_ACCUMULATORS)
-#define ROWS(r)                                                                   \
-    case r:                                                                       \
-        for (; FITS(r, 4) && columns >= 4; columns -= 4, w += 4 * LANES)          \
-            tile(w, x, k, scale, total, r, 4), scale += 4 * LANES, total += 4 * LANES; \
-        for (; FITS(r, 2) && columns >= 2; columns -= 2, w += 2 * LANES)          \
-            tile(w, x, k, scale, total, r, 2), scale += 2 * LANES, total += 2 * LANES; \
-        for (; FITS(r, 1) && columns >= 1; columns -= 1, w += LANES)              \
-            tile(w, x, k, scale, total, r, 1), scale += LANES, total += LANES;    \
-        break;
-
 void tile_add(const float *w, const float *x, int64_t k, const float *scale, float *total, int rows, int columns) {
-    switch (rows) {
-        ROWS(1)
-        ROWS(2)
-        ROWS(3)
-        ROWS(4)
-        ROWS(5)
-        ROWS(6)
-#if TILE_MAX_ROWS > 6
-        ROWS(7)
-        ROWS(8)
-        ROWS(9)
-        ROWS(10)
-        ROWS(11)
-        ROWS(12)
-#endif
-    }
+#define TILE(r, c) tile(w, x, k, scale, total, r, c), w += (c) * LANES, scale += (c) * LANES, total += (c) * LANES
+    EACH_TILE(TILE)
 }

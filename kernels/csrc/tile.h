@@ -16,6 +16,28 @@
 #define TILE_MAX_ROWS 6
 #endif
 
+/* Covers `rows` rows and `columns` 16-column tiles with register tiles, the widest first: TILE(rows, columns) multiplies
+ * one and moves on by its columns. */
+#define TILE_FITS(rows, columns) ((rows) <= TILE_MAX_ROWS && (rows) * (columns) <= TILE_ACCUMULATORS)
+#define TILE_CASE(TILE, r)                                          \
+    case r:                                                         \
+        for (; TILE_FITS(r, 4) && columns >= 4; columns -= 4) TILE(r, 4); \
+        for (; TILE_FITS(r, 2) && columns >= 2; columns -= 2) TILE(r, 2); \
+        for (; TILE_FITS(r, 1) && columns >= 1; columns -= 1) TILE(r, 1); \
+        break;
+#if TILE_MAX_ROWS > 6
+#define TILE_CASES(TILE)                                                                                \
+    TILE_CASE(TILE, 7) TILE_CASE(TILE, 8) TILE_CASE(TILE, 9) TILE_CASE(TILE, 10) TILE_CASE(TILE, 11) \
+    TILE_CASE(TILE, 12)
+#else
+#define TILE_CASES(TILE)
+#endif
+#define EACH_TILE(TILE)                                                                                              \
+    switch (rows) {                                                                                                  \
+        TILE_CASE(TILE, 1) TILE_CASE(TILE, 2) TILE_CASE(TILE, 3) TILE_CASE(TILE, 4) TILE_CASE(TILE, 5) TILE_CASE(TILE, 6) \
+        TILE_CASES(TILE)                                                                                             \
+    }
+
 /* Adds `columns` 16-column tiles of a block to the totals of `rows` rows.
  * w: [k][GROUP_COLUMNS], x: [rows][BLOCK_K], scale: [GROUP_COLUMNS], total: [rows][GROUP_COLUMNS]; k <= BLOCK_K.
  * One FMA chain per output in ascending k whatever the shape of the tile, so an output's bits depend on its row and

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorry.kernels.kv_store import empty_caches
 from lorry.server.cache.block_table import Copy
 from lorry.server.cache.blocks import BLOCK_SIZE, blocks_for
 
@@ -44,11 +45,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
         self.num_blocks = num_blocks
         self.dtype = dtype
-        self.keys: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        caches = [empty_caches(num_blocks, kv_heads, BLOCK_SIZE, head_dim, dtype, device) for _ in range(layers)]
+        self.keys: list[Tensor] = [keys for keys, _ in caches]
+        self.values: list[Tensor] = [values for _, values in caches]
 
     @property
     def nbytes(self) -> int:

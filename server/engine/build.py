@@ -13,6 +13,7 @@ from lorry.adapters.manager import AdapterManager
 from lorry.adapters.pool import PagePool
 from lorry.adapters.segments import build_segments
 from lorry.kernels import native
+from lorry.kernels.nf4_linear import Products
 from lorry.server.cache.block_table import BlockTable
 from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator
 from lorry.server.cache.kv_cache import KVCache, block_bytes, choose_num_blocks
@@ -41,12 +42,14 @@ class Types:
 
     device: torch.device
     dtype: torch.dtype
+    products: Products
     kv_dtype: torch.dtype
     adapter_dtype: torch.dtype
 
     @classmethod
     def choose(cls, config: EngineConfig) -> Types:
-        """Resolve every "auto": CUDA where there is one; activations in float32 on the CPU; the rest in bfloat16.
+        """Resolve every "auto": CUDA where there is one; on the CPU activations in float32 with products of 16-bit
+        integers, whose error is far below that of a KV cache in bfloat16; the rest in bfloat16.
 
         Raises InvalidField for a device that is not there.
         """
@@ -62,6 +65,7 @@ class Types:
         return cls(
             device,
             _dtype(config.dtype, computing),
+            "int16" if config.dtype == "auto" and device.type == "cpu" else "float32",
             _dtype(config.kv_dtype, torch.bfloat16),
             _dtype(config.adapter_dtype, torch.bfloat16),
         )
@@ -113,7 +117,6 @@ def describe(config: EngineConfig, types: Types, engine: Engine) -> ModelInfo:
     """What is served, measured on the loaded model; never a host path."""
     decoder, kv = engine.runner.decoder, engine.runner.kv
     model = decoder.config
-    reference = types.device.type == "cpu" and native.library() is None
     return ModelInfo(
         name=Path(config.model).name,
         architecture=model.architecture,
@@ -132,8 +135,16 @@ def describe(config: EngineConfig, types: Types, engine: Engine) -> ModelInfo:
         kv_blocks=kv.num_blocks,
         block_size=BLOCK_SIZE,
         adapter_pages=engine.adapters.manager.pool.pages_total,
-        kernels="reference" if reference else "native" if types.device.type == "cpu" else "triton",
+        kernels=_kernels(types),
     )
+
+
+def _kernels(types: Types) -> str:
+    if types.device.type != "cpu":
+        return "triton"
+    if native.library() is None:
+        return "reference"
+    return "native-int16" if types.products == "int16" else "native"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -243,7 +243,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     kv_blocks: int
     block_size: int
     adapter_pages: int
-    kernels: str  # which launchers serve: "native", "reference", "triton"
+    kernels: str  # which launchers serve: "native", "native-int16", "reference", "triton"
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

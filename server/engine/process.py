@@ -78,6 +78,7 @@ def _serve(config: EngineConfig, channel: SocketChannel) -> None:
             config.model,
             device=types.device,
             dtype=types.dtype,
+            products=types.products,
             context_length=config.context_length,
             progress=progress,
         )

@@ -23,6 +23,7 @@ from lorry.adapters.layout import ModelLayout
 from lorry.kernels.kv_store import kv_store
 from lorry.kernels.linear import DenseLinear, dense_linear, embed
 from lorry.kernels.lora import SITES, AdapterPages, Site, lora_add
+from lorry.kernels.nf4_linear import Products
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.rms_norm import rms_norm
 from lorry.kernels.rope import rope
@@ -102,6 +103,7 @@ class Decoder:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        products: Products = "float32",
         context_length: int | None = None,
         progress: Progress | None = None,
     ) -> Decoder:
@@ -122,7 +124,7 @@ class Decoder:
         head = None if ends.head is None else Projection([placement.place(ends.head)], None, dense_dtype)
         layers = []
         for index in range(config.layers):
-            layers.append(_read_layer(checkpoint, index, placement, dtype, dense_dtype))
+            layers.append(_read_layer(checkpoint, index, placement, dtype, dense_dtype, products))
             if progress:
                 progress("load", index + 1, config.layers)
         checkpoint.close()
@@ -266,13 +268,18 @@ def _sites(shapes: dict[str, tuple[int, int]], names: tuple[str, ...]) -> tuple[
 
 
 def _read_layer(
-    checkpoint: Checkpoint, index: int, placement: Placement, dtype: torch.dtype, dense_dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    index: int,
+    placement: Placement,
+    dtype: torch.dtype,
+    dense_dtype: torch.dtype | None,
+    products: Products,
 ) -> Layer:
     weights, device = read_layer(checkpoint, index), placement.device
 
     def fused(*sites: str) -> Projection:
         biases = [weights.biases[site].to(device) if site in weights.biases else None for site in sites]
-        return Projection([placement.place(weights.linears[site]) for site in sites], biases, dense_dtype)
+        return Projection([placement.place(weights.linears[site]) for site in sites], biases, dense_dtype, products)
 
     def norm(weight: Tensor | None) -> Tensor | None:
         return None if weight is None else weight.to(device, dtype)

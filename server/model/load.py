@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lorry.kernels.nf4_linear import Products
 from lorry.server.model.config import ModelConfig
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.digests import verify_digests
@@ -38,10 +39,11 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    products: Products = "float32",
     context_length: int | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
-    """Load `source` (see `resolve_model`) for computing in `dtype` on `device`.
+    """Load `source` (see `resolve_model`) for computing in `dtype` on `device`, with NF4 `products` of that kind.
 
     `context_length` shortens the model's own. `progress(stage, done, total)` has the stages "quantize" and
     "load", counted in layers. A converted model whose files do not match their digests is converted again.
@@ -56,7 +58,7 @@ def load_model(
         folder = resolve_model(source, progress=progress)
     checkpoint = open_checkpoint(folder, device)
     return Decoder.from_checkpoint(
-        checkpoint, device=device, dtype=dtype, context_length=context_length, progress=progress
+        checkpoint, device=device, dtype=dtype, products=products, context_length=context_length, progress=progress
     )
 
 

@@ -14,20 +14,21 @@ from torch import Tensor
 
 from lorry.kernels.linear import DenseLinear, dense_linear
 from lorry.kernels.nf4 import NF4Weight
-from lorry.kernels.nf4_linear import NF4Linear, nf4_linear
+from lorry.kernels.nf4_linear import NF4Linear, Products, nf4_linear
 from lorry.server.model.placement import tables_of
 from lorry.server.model.weights import LinearWeight
 
 
 class Projection:
     """`weights`: [N_i, K] each; `biases`: [N_i] or None each; `dense_dtype`: dtype to keep dense weights in, or
-    None for the dtype in which they are stored. `project(x [M, K])` gives [M, ΣN]."""
+    None for the dtype in which they are stored; `products`: of NF4Linear. `project(x [M, K])` gives [M, ΣN]."""
 
     def __init__(
         self,
         weights: Sequence[LinearWeight],
         biases: Sequence[Tensor | None] | None = None,
         dense_dtype: torch.dtype | None = None,
+        products: Products = "float32",
     ) -> None:
         pairs = list(zip(weights, biases or [None] * len(weights), strict=True))
         self.pieces: list[NF4Linear | DenseLinear] = []
@@ -36,7 +37,8 @@ class Projection:
             nf4 = [weight for weight, _ in group if isinstance(weight, NF4Weight)]
             dense = [weight for weight, _ in group if isinstance(weight, Tensor)]
             bias = _fused_bias(group)
-            self.pieces.append(NF4Linear(nf4, bias) if nf4 else DenseLinear(_joined(dense, dense_dtype), bias))
+            joined = NF4Linear(nf4, bias, products) if nf4 else DenseLinear(_joined(dense, dense_dtype), bias)
+            self.pieces.append(joined)
         self.nf4_weights = sum(w.shape[0] * w.shape[1] for w in weights if isinstance(w, NF4Weight))
         self.tables = [table for w in weights if isinstance(w, NF4Weight) for table in tables_of(w)]
         self.parameters = sum(w.shape[0] * w.shape[1] for w in weights)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorry.kernels.kv_store import kv_store, kv_store_reference
+from lorry.kernels.kv_store import empty_caches, kv_store, kv_store_reference
 from lorry.kernels.rms_norm import rms_norm, rms_norm_reference
 from lorry.kernels.rope import rope, rope_reference
 from lorry.kernels.silu_mul import silu_mul, silu_mul_reference
@@ -66,7 +66,7 @@ def test_kv_store_rounds_and_skips(dtype: torch.dtype, width: int) -> None:
     fused[0, width] = 1e-6  # below float16's normal range
     fused[1, width] = 7e4  # above its largest
     fused[2, width] = float("nan")
-    caches = [torch.full((5, 3, 16, width), 7.0, dtype=dtype) for _ in range(4)]
+    caches = [cache.fill_(7.0) for _ in range(2) for cache in empty_caches(5, 3, 16, width, dtype)]
     slots = torch.randperm(80)[:19]
     slots[5] = -1
     kv_store(k, v, caches[0], caches[1], slots)
@@ -88,10 +88,11 @@ def test_conversions_round_like_torch_on_every_bit_pattern() -> None:
         values = values[~values.isnan()]
         values = values[: values.numel() // 16 * 16].view(-1, 1, 16)
         rows = values.shape[0]
-        cache = torch.zeros(-(-rows // 16), 1, 16, 16, dtype=dtype)
-        kv_store(values, values, cache, cache.clone(), torch.arange(rows))
-        stored = cache.view(-1, 16)[:rows]
-        assert torch.equal(stored.view(torch.int16), values.view(-1, 16).to(dtype).view(torch.int16))
+        caches = empty_caches(-(-rows // 16), 1, 16, 16, dtype)
+        kv_store(values, values, *caches, torch.arange(rows))
+        for cache in caches:
+            stored = cache.reshape(-1, 16)[:rows]
+            assert torch.equal(stored.view(torch.int16), values.view(-1, 16).to(dtype).view(torch.int16))
 
 
 @pytest.mark.parametrize(("rows", "half"), [(1, 1536), (9, 37), (33, 16)])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorry.kernels.kv_store import empty_caches
 from lorry.kernels.paged_attention import paged_attention, paged_attention_reference
 
 Measure = Callable[[Tensor, Tensor], float]
@@ -20,7 +21,9 @@ def paged_batch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A shuffled block table; slots behind a sequence's last token hold NaN, unused table entries -1."""
     blocks = [-(-length // 16) for length in kv_lens]
-    k_cache, v_cache = (torch.randn(sum(blocks) + 3, kv_heads, 16, width).to(dtype) for _ in range(2))
+    k_cache, v_cache = empty_caches(sum(blocks) + 3, kv_heads, 16, width, dtype)
+    k_cache.copy_(torch.randn(k_cache.shape))
+    v_cache.copy_(torch.randn(v_cache.shape))
     shuffled = torch.randperm(sum(blocks) + 3).int()
     tables = torch.full((len(kv_lens), max(blocks) + 2), -1, dtype=torch.int32)
     for sequence, (count, length) in enumerate(zip(blocks, kv_lens, strict=True)):
@@ -86,6 +89,9 @@ def test_strided_queries_and_determinism() -> None:
 def test_other_shapes_take_the_reference() -> None:
     batch = paged_batch((3,), (21,), 3, 1, 20, torch.float32)
     clean = (batch[0], batch[1].nan_to_num(), batch[2].nan_to_num(), *batch[3:])
+    assert torch.equal(paged_attention(*clean, 0.2), paged_attention_reference(*clean, 0.2))
+    batch = paged_batch((3,), (21,), 3, 1, 32, torch.float32)
+    clean = (batch[0], batch[1].nan_to_num().contiguous(), batch[2].nan_to_num(), *batch[3:])
     assert torch.equal(paged_attention(*clean, 0.2), paged_attention_reference(*clean, 0.2))
 
 
