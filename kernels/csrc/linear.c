@@ -214,7 +214,7 @@ EXPORT int linear_forward(const struct linear *l, const float *x, int64_t m, int
         return 0;
     }
     for (int64_t m0 = 0; m0 < m; m0 += SUPERBLOCK) {
-        const struct rows r = rows_of(MIN(SUPERBLOCK, m - m0));
+        const struct rows r = rows_of(MIN(SUPERBLOCK, m - m0), TILE_MAX_ROWS);
         float *packed = scratch_get(&packed_rows, (size_t)(r.count * padded(l->in_features)) * sizeof(float));
         if (!packed) return -1;
         if (threads == 1) {

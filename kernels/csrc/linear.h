@@ -57,10 +57,10 @@ INLINE int64_t group_ahead(int64_t tile_bytes) {
 #define SUPERBLOCK 512 /* rows packed at once */
 
 struct rows {
-    int64_t count, tiles, base, longer; /* the first `longer` row tiles have base + 1 rows, the others base */
+    int64_t count, tiles, base, longer; /* at most `most` in a tile: the first `longer` row tiles have base + 1 rows, the others base */
 };
-INLINE struct rows rows_of(int64_t count) {
-    const int64_t tiles = (count + TILE_MAX_ROWS - 1) / TILE_MAX_ROWS;
+INLINE struct rows rows_of(int64_t count, int64_t most) {
+    const int64_t tiles = (count + most - 1) / most;
     return (struct rows){count, tiles, count / tiles, count % tiles};
 }
 INLINE int64_t rows_start(const struct rows *r, int64_t i) { return i * r->base + MIN(i, r->longer); }

@@ -15,6 +15,13 @@
 
 #define PAIRS (BLOCK_K / 2)
 #define WORD_PAIRS 4
+#if defined(__AVX512F__)
+#define STREAM_ROWS 8 /* with more, a panel in the cache is as fast */
+#define TILE_ROWS 8
+#else
+#define STREAM_ROWS 3
+#define TILE_ROWS TILE_MAX_ROWS
+#endif
 
 /* X of one block, and step / unit. The bound on the sum of |X| leaves room for 64 roundings of 1/2, and for those of
  * the float32 sum. A block that holds an Inf or a NaN gets a step that is none either. */
@@ -56,9 +63,14 @@ INLINE uint32_t pair_at(const int16_t *x, int pair) {
     return both;
 }
 
-/* Sums of `blocks` consecutive blocks in the order they lie in memory. */
-INLINE void block_dots(const uint32_t *words, const int16_t *const *x, pair_table table, vu *acc, const int blocks) {
-    for (int j = 0; j < blocks; j++) acc[j] = vu_set1(0);
+/* acc[j][m]: sums of `blocks` consecutive blocks, in the order they lie in memory, for each of `rows` rows; x[j] is the
+ * j-th block's [rows][BLOCK_K]. */
+INLINE void block_dots(const uint32_t *words, const int16_t *const *x, pair_table table, vu (*acc)[STREAM_ROWS],
+                       const int blocks, const int rows) {
+#pragma GCC unroll 4
+    for (int j = 0; j < blocks; j++)
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; m++) acc[j][m] = vu_set1(0);
     for (int step = 0; step < BLOCK_K / 8; step++)
 #pragma GCC unroll 4
         for (int j = 0; j < blocks; j++) {
@@ -67,43 +79,62 @@ INLINE void block_dots(const uint32_t *words, const int16_t *const *x, pair_tabl
             const vu word = vu_load(at);
 #pragma GCC unroll 4
             for (int i = 0; i < WORD_PAIRS; i++) {
-                const vu both = vu_set1(pair_at(x[j], WORD_PAIRS * step + i));
-                acc[j] = vu_dot2(vu_lookup_pairs(table, VU_SRLI(word, 4 * i)), both, acc[j]);
+                const vu weight = vu_lookup_pairs(table, VU_SRLI(word, 4 * i));
+                const int16_t *pair = x[j] + 2 * (WORD_PAIRS * step + i);
+#pragma GCC unroll 8
+                for (int m = 0; m < rows; m++) acc[j][m] = vu_dot2_all(weight, pair + m * BLOCK_K, acc[j][m]);
             }
         }
 }
 
-/* One row: tiles [begin, end) of a part, whose columns start at `column`. */
-static void stream_row(const struct linear *l, const struct part *p, int64_t begin, int64_t end, int64_t column,
-                       const int16_t *x, const float *steps, float *y) {
+/* A few rows, `packed` as one row tile: tiles [begin, end) of a part, whose columns start at `column`. Weights go from
+ * memory through registers, `width` blocks side by side, so that there are enough chains. */
+INLINE void stream_rows(const struct linear *l, const struct part *p, int64_t begin, int64_t end, int64_t column,
+                        const int16_t *packed, const float *steps, float *y, int64_t ldy, const int rows,
+                        const int width) {
     const pair_table table = pair_table_load(l->code_int16);
     const int64_t per_row = l->in_features / BLOCK_K, last = end * per_row;
     const vu lanes = vu_lanes((uint32_t)per_row);
+    vf totals[STREAM_ROWS];
     int64_t kb = 0, tile = begin;
-    vf total = bias_or_zero(l, column + tile * LANES);
     for (int64_t i = begin * per_row; i < last;) {
-        const int blocks = (int)MIN(4, last - i);
+        const int blocks = (int)MIN(width, last - i);
         const uint32_t *words = (const uint32_t *)p->words + i * (BLOCK_K / 8 * LANES);
-        const int16_t *rows[4];
-        vu acc[4];
+        const int16_t *x[4];
+        vu acc[4][STREAM_ROWS];
         for (int j = 0, at = (int)kb; j < blocks; j++) {
-            rows[j] = x + at * BLOCK_K;
+            x[j] = packed + at * rows * BLOCK_K;
             at = at + 1 == per_row ? 0 : at + 1;
         }
-        if (blocks == 4) {
-            block_dots(words, rows, table, acc, 4);
+        if (blocks == width) {
+            block_dots(words, x, table, acc, width, rows);
         } else {
-            for (int j = 0; j < blocks; j++) block_dots(words + j * (BLOCK_K / 8 * LANES), rows + j, table, acc + j, 1);
+            for (int j = 0; j < blocks; j++)
+                block_dots(words + j * (BLOCK_K / 8 * LANES), x + j, table, acc + j, 1, rows);
         }
         for (int j = 0; j < blocks; j++) {
-            total = block_add(acc[j], steps[kb], block_scale(p, tile, kb, per_row, lanes), total);
-            if (++kb == per_row) {
-                vf_store(y + column + tile * LANES, total);
-                kb = 0;
-                if (++tile < end) total = bias_or_zero(l, column + tile * LANES);
-            }
+            const vf absmax = block_scale(p, tile, kb, per_row, lanes);
+            if (kb == 0)
+                for (int m = 0; m < rows; m++) totals[m] = bias_or_zero(l, column + tile * LANES);
+#pragma GCC unroll 8
+            for (int m = 0; m < rows; m++) totals[m] = block_add(acc[j][m], steps[kb * rows + m], absmax, totals[m]);
+            if (++kb < per_row) continue;
+            for (int m = 0; m < rows; m++) vf_store(y + m * ldy + column + tile * LANES, totals[m]);
+            kb = 0;
+            tile++;
         }
         i += blocks;
+    }
+}
+
+static void stream(const struct linear *l, const struct part *p, int64_t begin, int64_t end, int64_t column,
+                   const int16_t *packed, const float *steps, float *y, int64_t ldy, int64_t rows) {
+#define STREAM(r)                                                                                                  \
+    case r:                                                                                                        \
+        stream_rows(l, p, begin, end, column, packed, steps, y, ldy, MIN(r, STREAM_ROWS), r <= 4 ? 4 : r <= 8 ? 2 : 1); \
+        break;
+    switch (rows) {
+        STREAM(1) STREAM(2) STREAM(3) STREAM(4) STREAM(5) STREAM(6) STREAM(7) STREAM(8)
     }
 }
 
@@ -192,21 +223,23 @@ static void group_rows(const struct linear *l, const struct part *p, int64_t beg
     }
 }
 
-/* One thread's part of rounding the rows and of multiplying them. */
+/* One thread's part of rounding the rows, where they are many, and of multiplying them. */
 static void rows_forward(const struct linear *l, const struct rows *r, const float *x, int64_t ldx, int16_t *packed,
                          float *steps, float *y, int64_t ldy) {
     struct workspace ws __attribute__((aligned(64)));
     int64_t begin, end, first = 0;
-    split(r->tiles, 1, omp_get_num_threads(), omp_get_thread_num(), &begin, &end);
-    round_rows(l, r, x, ldx, packed, steps, begin, end);
+    if (r->count > STREAM_ROWS) {
+        split(r->tiles, 1, omp_get_num_threads(), omp_get_thread_num(), &begin, &end);
+        round_rows(l, r, x, ldx, packed, steps, begin, end);
 #pragma omp barrier
+    }
     split(l->tiles, 1, omp_get_num_threads(), omp_get_thread_num(), &begin, &end);
     for (int64_t i = 0; i < l->part_count; first += l->parts[i++].tiles) {
         const struct part *p = l->parts + i;
         const int64_t from = MAX(begin - first, 0), to = MIN(end - first, p->tiles);
         if (from >= to) continue;
-        if (r->count == 1) {
-            stream_row(l, p, from, to, first * LANES, packed, steps, y);
+        if (r->count <= STREAM_ROWS) {
+            stream(l, p, from, to, first * LANES, packed, steps, y, ldy, r->count);
         } else {
             for (int64_t t = from; t < to; t += GROUP_TILES)
                 group_rows(l, p, t, (int)MIN(GROUP_TILES, to - t), first * LANES, r, packed, steps, y, ldy, &ws);
@@ -218,11 +251,13 @@ int linear_int16(const struct linear *l, const float *x, int64_t m, int64_t ldx,
     static __thread struct scratch memory;
     const int threads = threads_for(l->in_features * l->out_features / 32 * m / 2);
     for (int64_t m0 = 0; m0 < m; m0 += SUPERBLOCK) {
-        const struct rows r = rows_of(MIN(SUPERBLOCK, m - m0));
+        const int64_t count = MIN(SUPERBLOCK, m - m0);
+        const struct rows r = count <= STREAM_ROWS ? (struct rows){count, 1, count, 0} : rows_of(count, TILE_ROWS);
         const size_t numbers = (size_t)(r.count * l->in_features);
         int16_t *packed = scratch_get(&memory, numbers * sizeof(int16_t) + numbers / BLOCK_K * sizeof(float));
         if (!packed) return -1;
         float *steps = (float *)(packed + numbers);
+        if (count <= STREAM_ROWS) round_rows(l, &r, x + m0 * ldx, ldx, packed, steps, 0, 1); /* a barrier costs more */
         if (threads == 1) {
             rows_forward(l, &r, x + m0 * ldx, ldx, packed, steps, y + m0 * ldy, ldy);
         } else {

@@ -162,6 +162,13 @@ INLINE vu vu_dot2(vu a, vu b, vu acc) {
     return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 #endif
 }
+#ifdef __AVX512VNNI__
+#define LORRY_DOT2_ALL
+INLINE vu vu_dot2_all(vu a, const int16_t *pair, vu acc) {
+    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(a), "m"(*(const int16_t(*)[2])pair));
+    return acc;
+}
+#endif
 INLINE void vu_store(uint32_t *p, vu v) { _mm512_storeu_si512(p, v); }
 INLINE vf vf_from_int(vu v) { return _mm512_cvtepi32_ps(v); }
 INLINE void vf_store_int16(int16_t *p, vf v) {
@@ -369,6 +376,15 @@ INLINE vf vf_lookup256(const float *table, vu index) {
     return vf_load(lanes);
 }
 INLINE vf vf_lookup32(const float *table, vu index) { return vf_lookup256(table, index); }
+#endif
+
+#ifndef LORRY_DOT2_ALL
+/* acc + pair . pair: the two of `pair` with those of every lane. */
+INLINE vu vu_dot2_all(vu a, const int16_t *pair, vu acc) {
+    uint32_t both;
+    memcpy(&both, pair, sizeof both);
+    return vu_dot2(a, vu_set1(both), acc);
+}
 #endif
 
 /* 0, step, 2 step, ... */
