@@ -27,7 +27,7 @@ from lorry.kernels import native, nf4
 from lorry.kernels.kv_store import empty_caches, kv_store
 from lorry.kernels.linear import DenseLinear, dense_linear, dense_linear_reference
 from lorry.kernels.lora import SITES, AdapterPages, Segments, Site, lora_add, lora_add_reference
-from lorry.kernels.nf4_linear import NF4Linear, nf4_linear, nf4_linear_reference
+from lorry.kernels.nf4_linear import NF4Linear, Products, nf4_linear, nf4_linear_reference
 from lorry.kernels.paged_attention import paged_attention, paged_attention_reference
 from lorry.kernels.rms_norm import rms_norm
 from lorry.kernels.rope import rope
@@ -109,27 +109,36 @@ def bench_nf4(model: str, m: dict[str, int], rounds: int) -> list[Figure]:
     ):
         parts = [nf4.quantize(torch.randn(n, k)) for n in sizes]
         dense = torch.cat([nf4.dequantize(part) for part in parts])
-        linears = [NF4Linear(parts) for _ in range(copies(NF4Linear(parts).nbytes))]
-        first = linears[0]
+        count = copies(NF4Linear(parts).nbytes)
+        kinds: dict[Products, float] = {"float32": 1e-6, "int16": 1.5e-4}
+        linears = {kind: [NF4Linear(parts, products=kind) for _ in range(count)] for kind in kinds}
         for rows in ROWS:
             x, out = torch.randn(rows, k), torch.empty(rows, sum(sizes))
-            expect_equal(nf4_linear(x, first), nf4_linear_reference(x, parts))
-            used = linears if rows <= 64 else linears[:2]
-            ours, reference, float32 = median_time(
+            for kind, limit in kinds.items():
+                expect_equal(nf4_linear(x, linears[kind][0]), nf4_linear_reference(x, parts), limit)
+            used = count if rows <= 64 else min(count, 2)
+            reference, float32, *ours = median_time(
                 [
-                    rotating(partial(nf4_linear, x, out=out), used),
                     partial(nf4_linear_reference, x, parts),
                     partial(F.linear, x, dense),
+                    *(rotating(partial(nf4_linear, x, out=out), linears[kind][:used]) for kind in kinds),
                 ],
                 rounds,
             )
-            ours /= len(used)
-            row = figure(
-                "nf4_linear", model, f"{name} {sum(sizes)}x{k}", rows, ours, first.nbytes, 2 * rows * dense.numel()
-            )
-            row["over_torch_dequantize_linear"] = reference / ours
-            row["over_torch_float32_linear"] = float32 / ours
-            figures.append(row)
+            for kind, seconds in zip(kinds, (total / used for total in ours), strict=True):
+                flops = 2 * rows * dense.numel()
+                row = figure(
+                    f"nf4_linear {kind}",
+                    model,
+                    f"{name} {sum(sizes)}x{k}",
+                    rows,
+                    seconds,
+                    linears[kind][0].nbytes,
+                    flops,
+                )
+                row["over_torch_dequantize_linear"] = reference / seconds
+                row["over_torch_float32_linear"] = float32 / seconds
+                figures.append(row)
     return figures
 
 
