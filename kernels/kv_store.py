@@ -5,6 +5,10 @@ k_cache[slot // B, :, slot % B] = k[t],  v_cache likewise,  slot = slot_mapping[
 
 from __future__ import annotations
 
+import math
+import mmap
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -17,12 +21,23 @@ def empty_caches(
     """Zeroed keys and values, [num_blocks, Hk, B, D] each.
 
     On the CPU the keys are a view whose tokens of one dimension lie side by side, as [num_blocks, Hk, D, B]: one
-    vector is one dimension of 16 tokens. The CPU kernels take no other; the references take any.
+    vector is one dimension of 16 tokens. The CPU kernels take no other; the references take any. A page of memory is
+    taken from the system when its first token is written.
     """
-    values = torch.zeros(num_blocks, heads, block_size, width, dtype=dtype, device=device)
-    if not values.is_cpu:
-        return torch.zeros_like(values), values
-    return torch.zeros(num_blocks, heads, width, block_size, dtype=dtype).transpose(2, 3), values
+    shape = (num_blocks, heads, block_size, width)
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+    keys, values = (_untouched_zeros(math.prod(shape), dtype) for _ in range(2))
+    return keys.view(num_blocks, heads, width, block_size).transpose(2, 3), values.view(shape)
+
+
+def _untouched_zeros(count: int, dtype: torch.dtype) -> Tensor:
+    """Zeros on which nothing was spent yet: the system hands them out page by page, in large pages where it can."""
+    memory = mmap.mmap(-1, max(1, count * dtype.itemsize))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=count) if count else torch.zeros(0, dtype=dtype)
 
 
 def fits_kernels(k_cache: Tensor, v_cache: Tensor) -> bool:

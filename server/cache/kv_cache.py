@@ -31,9 +31,10 @@ def choose_num_blocks(
 
 
 class KVCache:
-    """keys[layer], values[layer]: [num_blocks, kv_heads, BLOCK_SIZE, head_dim] in `dtype`.
+    """keys[layer], values[layer]: [num_blocks, kv_heads, BLOCK_SIZE, head_dim] in `dtype`, zeroed.
 
-    Zeroed, which on the CPU makes all of it resident: `--kv-memory` says how much that may be.
+    Zeroed, since kernels multiply what stands behind a sequence's last token in its block before they drop it: numbers
+    left in that memory may be subnormal, and a product with one takes a hundred times as long.
     """
 
     def __init__(
