@@ -260,7 +260,9 @@ def bench_attention(model: str, m: dict[str, int], rounds: int) -> list[Figure]:
         q = torch.randn(sequences * q_len, heads, width)
 
         def attend(
-            cache: tuple[Tensor, Tensor], function: Callable[..., Tensor] = paged_attention, a: Any = (q, tables, bounds, lens)
+            cache: tuple[Tensor, Tensor],
+            function: Callable[..., Tensor] = paged_attention,
+            a: Any = (q, tables, bounds, lens),
         ) -> Tensor:
             return function(a[0], cache[0], cache[1], a[1], a[2], a[3], width**-0.5)
 

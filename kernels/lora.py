@@ -110,7 +110,7 @@ def lora_add(
         pages.scaling.data_ptr() + 4 * first,
         layers * site_count,
         max_pages,
-        _site_table(sites),
+        site_table(sites),
         len(sites),
         segments.starts.data_ptr(),
         segments.slots.data_ptr(),
@@ -122,7 +122,8 @@ def lora_add(
 
 
 @lru_cache(maxsize=256)
-def _site_table(sites: tuple[Site, ...]) -> ctypes.Array[ctypes.c_int64]:
+def site_table(sites: tuple[Site, ...]) -> ctypes.Array[ctypes.c_int64]:
+    """int64 [sites, 3] of index, first column and width, as the CPU kernels read it."""
     values = [value for site in sites for value in (site.index, site.start, site.size)]
     return (ctypes.c_int64 * len(values))(*values)
 

@@ -54,6 +54,7 @@ _SIGNATURES: dict[str, list[type]] = {
         *(_POINTER, *[_INT] * 5, _POINTER, _POINTER, _INT),
         *(_POINTER, _INT, _POINTER, _POINTER, _INT, _FLOAT, _INT, _POINTER),
     ],
+    "layers_forward": [_POINTER] * 4,
     "lora_add": [
         *(_POINTER, _INT, _POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
         *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),

@@ -41,9 +41,7 @@ class NF4Linear:
     once into tiles of 16 columns; `parts` undoes the permutation. products: the numbers that this kernel multiplies.
     """
 
-    def __init__(
-        self, parts: Sequence[NF4Weight], bias: Tensor | None = None, products: Products = "float32"
-    ) -> None:
+    def __init__(self, parts: Sequence[NF4Weight], bias: Tensor | None = None, products: Products = "float32") -> None:
         if not parts:
             raise ValueError("parts must hold at least one NF4Weight")
         if len({part.shape[1] for part in parts}) != 1:
@@ -131,7 +129,7 @@ def _permuted(part: NF4Weight) -> NF4Weight:
 def _unpermuted(part: NF4Weight) -> NF4Weight:
     rows, columns = part.shape
     words = part.packed.view(rows // TILE, columns // 8, TILE, 4).transpose(1, 2)
-    even, odd = (torch.stack([half & 15, half >> 4], -1).flatten(-2) for half in words.split(2, -1))
+    even, odd = (torch.stack([half & 15, half >> 4], -1).flatten(-2) for half in (words[..., :2], words[..., 2:]))
     absmax = part.absmax.view(rows // TILE, columns // part.blocksize, TILE).transpose(1, 2)
     return replace(part, packed=(even << 4 | odd).flatten(), absmax=absmax.flatten())
 

@@ -8,7 +8,7 @@
  *
  * In a block of 16 tokens the keys lie as [d][16], so that one load brings a dimension of all 16, the values as [16][d].
  */
-#include "tile.h"
+#include "kernels.h"
 
 #define PANEL GROUP_COLUMNS
 #define CHUNK (4 * PANEL)

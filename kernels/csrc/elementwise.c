@@ -1,6 +1,6 @@
 /* Row-wise operations around the matrix products: norm, rotary embedding, gated activation, cache scatter.
  * Strides are in elements; the last dimension is always contiguous. */
-#include "common.h"
+#include "kernels.h"
 
 static void norm_rows(const float *x, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t d,
                       const float *weight, float eps, float *residual, float *y, int64_t begin, int64_t end) {

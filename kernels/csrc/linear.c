@@ -5,7 +5,7 @@
  * more rows decode a group of tiles into the cache, 64 k at a time, and run register tiles over it.
  * An output is sum over blocks of 64 k of absmax * (sum of code * x): the same chain on both ways.
  */
-#include "linear.h"
+#include "kernels.h"
 
 /* The eight elements of a word in the order of its nibbles: 0, 2, 4, 6, 1, 3, 5, 7 (linear_int16.c says why). */
 #define NF4_WEIGHT(table, word, i) vf_lookup16(table, VU_SRLI(word, ((i) % 2 * 4 + (i) / 2) * 4))

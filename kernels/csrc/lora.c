@@ -4,7 +4,7 @@
  * barrier, all expansions; both are cut so that every core has work when one segment holds all rows. An output's
  * chain runs over adapters, pages and ranks in their order, so its bits depend on its row only.
  */
-#include "common.h"
+#include "kernels.h"
 
 #define RANK 16
 #define COLUMNS 512 /* of a small expand task: B's share of it is 16 KiB in 16 bits */

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorry.adapters.layout import ModelLayout
 from lorry.kernels.kv_store import kv_store
+from lorry.kernels.layers import GROUPS, Layers, LayerWeights
 from lorry.kernels.linear import DenseLinear, dense_linear, embed
 from lorry.kernels.lora import SITES, AdapterPages, Site, lora_add
 from lorry.kernels.nf4_linear import Products
@@ -95,6 +96,7 @@ class Decoder:
         self._o_sites = _sites(shapes, ("o_proj",))
         self._gate_up_sites = _sites(shapes, ("gate_proj", "up_proj"))
         self._down_sites = _sites(shapes, ("down_proj",))
+        self._fused = self._fuse()
 
     @classmethod
     def from_checkpoint(
@@ -145,8 +147,12 @@ class Decoder:
         """
         hidden = embed(inputs.token_ids, self._embedding, self.dtype)
         residual: Tensor | None = None
-        for layer in self._layers:
-            hidden, residual = self._layer(layer, hidden, residual, inputs, kv, pages)
+        if self._fused is not None and self._fused.take(kv.keys, kv.values):
+            batch = (inputs.positions, inputs.slot_mapping, inputs.block_tables, inputs.cu_seqlens_q, inputs.kv_lens)
+            hidden, residual = self._fused.forward(hidden, *batch, pages, inputs.segments)
+        else:
+            for layer in self._layers:
+                hidden, residual = self._layer(layer, hidden, residual, inputs, kv, pages)
         return _add_norm(hidden, self._final_norm, self.config.rms_eps, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -154,6 +160,28 @@ class Decoder:
         head = self._head
         logits = dense_linear(hidden, self._embedding) if head is None else head.project(hidden)
         return logits.float()
+
+    def _fuse(self) -> Layers | None:
+        """The layers as one call of the CPU kernels, where these can do all of them."""
+        config = self.config
+        layers = []
+        for layer in self._layers:
+            products = [piece for p in (layer.qkv, layer.o, layer.gate_up, layer.down) for piece in p.pieces]
+            norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
+            layers.append(LayerWeights(tuple(products), *norms, layer.sliding_window))
+        whole = all(len(layer.products) == GROUPS for layer in layers)
+        if not whole or not Layers.serve(layers, config.heads, config.kv_heads, config.head_dim):
+            return None
+        return Layers(
+            layers,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            width=config.head_dim,
+            eps=config.rms_eps,
+            scale=self._scale,
+            cos_sin=self._rope_table,
+            sites=(self._qkv_sites, self._o_sites, self._gate_up_sites, self._down_sites),
+        )
 
     def _layer(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,18 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorry.kernels.lora import SITES, AdapterPages, Segments
+from lorry.server.cache.kv_cache import KVCache
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.inputs import ModelInputs
 
 sys.path.insert(0, str(Path(__file__).parent))  # tiny_gguf.py serves several tests here
 
 BLOCK = 16
-
-
-@dataclass
-class Cache:
-    keys: list[Tensor]
-    values: list[Tensor]
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
@@ -96,12 +90,11 @@ def paged_logits(
     """
     config, device = decoder.config, torch.device("cpu")
     needed = [-(-len(ids) // BLOCK) for ids in sequences]
-    shape = (sum(needed) + 3, config.kv_heads, BLOCK, config.head_dim)
-    kv = Cache(
-        [torch.full(shape, torch.nan, dtype=kv_dtype) for _ in range(config.layers)],
-        [torch.full(shape, torch.nan, dtype=kv_dtype) for _ in range(config.layers)],
-    )
-    free = list(range(shape[0]))
+    blocks = sum(needed) + 3
+    kv = KVCache(config.layers, config.kv_heads, config.head_dim, blocks, kv_dtype)
+    for tensor in (*kv.keys, *kv.values):
+        tensor.fill_(torch.nan)
+    free = list(range(blocks))
     random.Random(seed).shuffle(free)
     tables = [[free.pop() for _ in range(count)] for count in needed]
     done = [0] * len(sequences)

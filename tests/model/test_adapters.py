@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from lorry.kernels.layers import Layers
 from lorry.kernels.lora import SITES
 from lorry.server.model.load import load_model
 
@@ -38,7 +39,7 @@ CHUNKS = ((21, 7), (3,), (17, 1, 11), (16,), ())
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_mixed_batch_equals_peft(name: str, tools: Any, tmp_path: Path) -> None:
+def test_mixed_batch_equals_peft(name: str, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_type, shape = SHAPES[name]
     model = tools.tiny_model(
         model_type, torch.float32, **shape, num_hidden_layers=2, vocab_size=131, max_position_embeddings=64
@@ -51,13 +52,11 @@ def test_mixed_batch_equals_peft(name: str, tools: Any, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(0, 131, (length,), generator=generator).tolist() for length in LENGTHS]
 
-    actual = tools.paged_logits(
-        decoder,
-        prompts,
-        chunks=CHUNKS,
-        pages=pages,
-        combos=[tuple((slots[adapter], weight) for adapter, weight in combo) for combo in COMBOS],
-    )
+    combos = [tuple((slots[adapter], weight) for adapter, weight in combo) for combo in COMBOS]
+    actual = tools.paged_logits(decoder, prompts, chunks=CHUNKS, pages=pages, combos=combos)
+    monkeypatch.setattr(Layers, "serve", staticmethod(lambda *_: False))
+    one_by_one = tools.paged_logits(load_model(str(tmp_path)), prompts, chunks=CHUNKS, pages=pages, combos=combos)
+    assert all(map(torch.equal, actual, one_by_one))
     for row, (prompt, combo) in enumerate(zip(prompts, COMBOS, strict=True)):
         expected = peft_logits(peft, prompt, combo)
         assert tools.relative_rms(actual[row], expected) < 1e-4

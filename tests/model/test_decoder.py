@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorry.kernels.layers import Layers
+from lorry.server.cache.kv_cache import KVCache
+from lorry.server.model.inputs import ModelInputs
 from lorry.server.model.load import load_model
 
 LLAMA3 = {
@@ -36,7 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-odd-tied": ("llama", {**ODD, **REST, "tie_word_embeddings": True, "num_key_value_heads": 5}),
     "llama-biases": ("llama", {**ODD, **REST, "attention_bias": True, "mlp_bias": True}),
     "llama3": ("llama", {**WIDE, **REST, "rope_parameters": LLAMA3, "num_hidden_layers": 2}),
-    "mistral-window": ("mistral", {**WIDE, **REST, "sliding_window": 19, "head_dim": 32}),
+    "mistral-window": ("mistral", {**WIDE, **REST, "sliding_window": 19, "num_attention_heads": 4, "head_dim": 32}),
     "mistral-full": ("mistral", {**ODD, **REST, "sliding_window": None}),
     "qwen2": ("qwen2", {**WIDE, **REST, "num_attention_heads": 6, "head_dim": 32, "num_key_value_heads": 3}),
     "qwen2-window": (
@@ -110,6 +114,49 @@ def test_a_sequence_alone_equals_itself_in_a_batch(tools: Any, tmp_path: Path) -
     for ids, together in zip(prompts(), batched, strict=True):
         alone = tools.paged_logits(decoder, [ids], chunks=[()], seed=2)[0]
         assert tools.relative_rms(alone, together) < 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name, (_, shape) in MODELS.items() if shape["hidden_size"] == 192])
+def test_all_layers_in_one_call_give_the_bits_of_one_by_one(
+    name: str, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_type, shape = MODELS[name]
+    tools.tiny_model(model_type, torch.float32, **shape).save_pretrained(tmp_path)
+    calls: list[int] = []
+    forward = Layers.forward
+
+    def counted(self: Layers, hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        calls.append(len(hidden))
+        return forward(self, hidden, *arguments)
+
+    monkeypatch.setattr(Layers, "forward", counted)
+    together = tools.paged_logits(load_model(str(tmp_path)), prompts(), chunks=CHUNKS)
+    assert sum(calls) == sum(LENGTHS)
+    monkeypatch.setattr(Layers, "serve", staticmethod(lambda *_: False))
+    one_by_one = tools.paged_logits(load_model(str(tmp_path)), prompts(), chunks=CHUNKS)
+    assert sum(calls) == sum(LENGTHS)
+    assert all(map(torch.equal, together, one_by_one))
+
+
+def test_layers_refuse_what_is_not_there(tools: Any, tmp_path: Path) -> None:
+    tools.tiny_model("llama", torch.float32, **MODELS["llama"][1]).save_pretrained(tmp_path)
+    decoder = load_model(str(tmp_path))
+    cache = KVCache(3, 1, 64, 2, torch.float32)
+    inputs = ModelInputs(
+        token_ids=torch.tensor([1]),
+        positions=torch.tensor([0]),
+        slot_mapping=torch.tensor([0]),
+        cu_seqlens_q=torch.tensor([0, 1]).int(),
+        kv_lens=torch.tensor([1]).int(),
+        block_tables=torch.tensor([[0, 1]]).int(),
+        segments=None,
+        logits_rows=torch.tensor([0]),
+    )
+    assert decoder.forward(inputs, cache).isfinite().all()
+    with pytest.raises(IndexError, match=r"positions must lie in 0\.\.119"):
+        decoder.forward(dataclasses.replace(inputs, positions=torch.tensor([120])), cache)
+    with pytest.raises(IndexError, match=r"slot_mapping must lie in -1\.\.31"):
+        decoder.forward(dataclasses.replace(inputs, slot_mapping=torch.tensor([32])), cache)
 
 
 def test_context_length(tools: Any, tmp_path: Path) -> None:
