@@ -27,6 +27,7 @@ check: $(VENV)/.dev ## Lint, format, types, generated protos, table of settings,
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p lorry
 	$(BIN)/mypy examples docs protos/generate.py
+	$(BIN)/mypy --explicit-package-bases --exclude 'peers/(hf_peft|vllm_cpu)' bench
 	$(BIN)/python protos/generate.py --check
 	$(BIN)/python docs/settings.py --check
 	$(BIN)/python -m pytest -q tests/structure/test_links.py

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -45,7 +46,7 @@ def lorry_server(model: str, adapters: Path, log: Path, options: Sequence[str] =
 def _wait(target: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     with grpc.insecure_channel(target) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs lack the methods
         while time.monotonic() < deadline and process.poll() is None:
             try:
                 status = health.Check(health_pb2.HealthCheckRequest(), timeout=1.0).status
