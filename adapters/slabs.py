@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+ALIGNMENT = 16  # elements; GPU kernels load 16 bytes of a page at a time, and sizes of pages are multiples of it
+
 Demand = tuple[int, ...]
 """Pages of each size class."""
 
@@ -45,7 +47,7 @@ def slab_elements(sizes: Sequence[int], capacity: int) -> int:
     smallest slab whose waste (behind its last page, behind the last slab) is within 1% of the least.
     """
     largest = max(sizes)
-    ceiling = capacity // (4 * len(set(sizes)))
+    ceiling = capacity // (4 * len(set(sizes))) // ALIGNMENT * ALIGNMENT
     low = max(largest, min(8 * largest, ceiling))
     high = max(low, min(32 * largest, ceiling))
     candidates = {k * size for size in sizes for k in range(-(-low // size), high // size + 1)} or {low}

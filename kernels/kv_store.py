@@ -1,6 +1,8 @@
 """The paged KV cache in memory, and the scatter of new keys and values into it.
 
 k_cache[slot // B, :, slot % B] = k[t],  v_cache likewise,  slot = slot_mapping[t],  slot -1: skipped
+
+`qkv_finish` is that and all that comes between the product for q, k, v and the scatter.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import torch
 from torch import Tensor
 
 from lorry.kernels import native
+from lorry.kernels.lora import LoraTerm
+from lorry.kernels.rms_norm import rms_norm, rms_norm_reference
+from lorry.kernels.rope import rope, rope_reference
 
 
 def empty_caches(
@@ -66,8 +71,13 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
     k, v: [T, Hk, D], strided views allowed (last dimension contiguous); caches: as `empty_caches` makes them, in the
     KV dtype, to which values are rounded; slot_mapping: int64 [T], block * B + offset, or -1 to skip the row.
-    Two rows of one call must not share a slot. Raises IndexError for a slot outside the caches.
+    Two rows of one call must not share a slot. Raises IndexError for a slot outside the caches; a GPU skips its row.
     """
+    if k.is_cuda:
+        from lorry.kernels.triton import kv_store as gpu
+
+        gpu.kv_store(k, v, k_cache, v_cache, slot_mapping)
+        return
     library = native.library()
     if library is None or not _fits(k, v, k_cache, v_cache):
         kv_store_reference(k, v, k_cache, v_cache, slot_mapping)
@@ -94,6 +104,71 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     )
     if status:
         raise IndexError(f"slot_mapping must lie in -1..{blocks * block_size - 1}")
+
+
+def qkv_finish_reference(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """rms_norm of the heads of q and k, rope, kv_store; as in `qkv_finish`."""
+    q, k, v = _split(qkv, k_cache)
+    rotated = q if q_norm is None else rms_norm_reference(q, q_norm, eps)
+    k = k if k_norm is None else rms_norm_reference(k, k_norm, eps)
+    q.copy_(rope_reference(rotated, positions, cos_sin))
+    kv_store_reference(rope_reference(k, positions, cos_sin), v, k_cache, v_cache, slot_mapping)
+    return q
+
+
+def qkv_finish(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    lora: LoraTerm | None = None,
+) -> Tensor:
+    """q, k = rope(rms_norm(q)), rope(rms_norm(k));  k_cache[slot // B, :, slot % B] = k[t],  v_cache likewise.
+
+    qkv: [T, (Hq + 2 Hk) * D], any stride between rows; q in it is rotated in place, k and v are left in no defined
+    state; positions: int64 [T]; cos_sin: float32 [max_pos, D], as in `rope`; caches and slot_mapping: as in `kv_store`;
+    q_norm, k_norm: [D], given together or not at all. lora: on a GPU, the LoRA sums of (q, k, v) that are still to be
+    added, their shrink done. Returns q, a view [T, Hq, D] of qkv. Raises IndexError for a position outside cos_sin and
+    for a slot outside the caches; a GPU writes zeros and skips the row.
+    """
+    if qkv.is_cuda:
+        from lorry.kernels.triton import kv_store as gpu
+
+        return gpu.qkv_finish(
+            qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, q_norm=q_norm, k_norm=k_norm, eps=eps, lora=lora
+        )
+    assert lora is None, "only a GPU kernel finishes a LoRA sum"
+    q, k, v = _split(qkv, k_cache)
+    if q_norm is not None and k_norm is not None:
+        q.copy_(rms_norm(q, q_norm, eps))
+        k.copy_(rms_norm(k, k_norm, eps))
+    rope(q, k, positions, cos_sin)
+    kv_store(k, v, k_cache, v_cache, slot_mapping)
+    return q
+
+
+def _split(qkv: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [T, Hq, D], [T, Hk, D] and [T, Hk, D]."""
+    _, kv_heads, _, width = k_cache.shape
+    heads = qkv.view(qkv.shape[0], qkv.shape[1] // width, width)
+    return heads[:, : -2 * kv_heads], heads[:, -2 * kv_heads : -kv_heads], heads[:, -kv_heads:]
 
 
 def _fits(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:

@@ -80,6 +80,8 @@ def dense_linear(x: Tensor, weight: DenseLinear) -> Tensor:
     """y = x @ W.T (+ bias); x: [M, K] -> [M, N] in x's dtype, accumulated in float32."""
     if x.shape[1] != weight.in_features:
         raise ValueError(f"x must be [M, {weight.in_features}], got {list(x.shape)}")
+    if x.is_cuda and x.dtype is weight.dtype:  # cuBLAS accumulates in float32
+        return torch.nn.functional.linear(x, weight.weight, weight.bias)
     library = native.library()
     if library is None or not weight.native:
         return dense_linear_reference(x, weight.weight, weight.bias)

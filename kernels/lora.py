@@ -10,6 +10,7 @@ Source: LoRA (arXiv:2106.09685); segments as in Punica (arXiv:2310.18547).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,6 +59,95 @@ class Site:
     size: int
 
 
+@dataclass(frozen=True)
+class Routes:
+    """How the rows of one step find their pages on a GPU; made by `make_routes`, filled there by `fill_routes`.
+
+    All shapes are capacities, so that a CUDA graph can hold the tensors. tiles: int32 [T, 3], first row, number of
+    rows and segment (-1: rows without adapters) of runs of at most `tile_rows` rows of one segment; they cover every
+    row once, in order; unused ones have no rows. row_segment: int32 [M], -1: no adapters.
+    page_offsets: int64 [S, layers, sites, 1 + P], the number of pages of all adapters of the segment's combo, then
+    their offsets; page_scales: float32 of that shape, weight * scaling of each page's adapter, the first one unused.
+    partial: float32, flat: [splits, M, sites of one call, P * 16], written by shrink and read by expand, call by call.
+    """
+
+    tiles: Tensor
+    row_segment: Tensor
+    page_offsets: Tensor
+    page_scales: Tensor
+    partial: Tensor
+    tile_rows: int
+
+    @property
+    def capacity(self) -> int:
+        """M: most rows of a batch."""
+        return self.row_segment.shape[0]
+
+    @property
+    def tile_count(self) -> int:
+        """T: tiles, used and unused."""
+        return self.tiles.shape[0]
+
+    @property
+    def pages(self) -> int:
+        """P: most pages of a combo in one linear."""
+        return self.page_offsets.shape[3] - 1
+
+
+@dataclass(frozen=True)
+class LoraTerm:
+    """A LoRA sum on a GPU, of which one kernel does the first half (shrink) and a later one the second (expand).
+
+    sites: those that share x, with consecutive indices: (q, k, v), (o,), (gate, up) or (down,). in_features: K.
+    """
+
+    routes: Routes
+    pages: AdapterPages
+    layer: int
+    sites: tuple[Site, ...]
+    in_features: int
+
+
+def make_routes(
+    rows: int, segments: int, page_bound: int, pages: AdapterPages, widths: Iterable[tuple[int, int]]
+) -> Routes:
+    """Routes, not yet filled, on the device of `pages` for batches of at most `rows` rows in `segments` segments.
+
+    page_bound: the most pages that a combo, all its adapters together, has in one linear; pages beyond it would be
+    left out. widths: (K, number of sites) of every call that is to use the routes.
+    """
+    device = pages.offsets.device
+    _, layers, sites, _ = pages.offsets.shape
+    tile_rows = 64 if rows >= 512 else 16  # not yet measured on a GPU
+    tiles = min(rows, -(-rows // tile_rows) + segments + 2)  # rows before and behind the segments have tiles too
+    ranks = max(shrink_splits(k) * count for k, count in widths) * page_bound * PAGE_RANK
+    listed = (segments, layers, sites, page_bound + 1)
+    return Routes(
+        tiles=torch.empty(tiles, 3, dtype=torch.int32, device=device),
+        row_segment=torch.empty(rows, dtype=torch.int32, device=device),
+        page_offsets=torch.empty(listed, dtype=torch.int64, device=device),
+        page_scales=torch.empty(listed, dtype=torch.float32, device=device),
+        partial=torch.empty(rows * ranks, dtype=torch.float32, device=device),
+        tile_rows=tile_rows,
+    )
+
+
+def fill_routes(routes: Routes, segments: Segments, pages: AdapterPages, rows: int) -> None:
+    """Fill `routes` on their device for a batch of `rows` rows; one launch, which a CUDA graph can capture.
+
+    To be repeated when the segments change or a page moves. Segments with padding, for a graph: `starts` goes on with
+    the number of rows. Raises ValueError where the batch exceeds what the routes were made for.
+    """
+    from lorry.kernels.triton import lora as gpu
+
+    gpu.fill_routes(routes, segments, pages, rows)
+
+
+def shrink_splits(in_features: int) -> int:
+    """Parts into which shrink cuts K, by K alone: a row's sums must not depend on the batch. Not yet measured."""
+    return max(1, min(8, -(-in_features // 1024)))
+
+
 def lora_add_reference(
     y: Tensor, x: Tensor, pages: AdapterPages, layer: int, sites: tuple[Site, ...], segments: Segments
 ) -> None:
@@ -85,13 +175,27 @@ def lora_add_reference(
 
 
 def lora_add(
-    y: Tensor, x: Tensor, pages: AdapterPages, layer: int, sites: tuple[Site, ...], segments: Segments
+    y: Tensor,
+    x: Tensor,
+    pages: AdapterPages,
+    layer: int,
+    sites: tuple[Site, ...],
+    segments: Segments,
+    routes: Routes | None = None,
 ) -> None:
     """y[rows, start:start+size] += sum_j weight_j * scaling[slot_j, layer, site] * sum_pages (x @ A.T) @ B.
 
     In place. y: [M, sum of N]; x: [M, K], shared by all sites of one call: (q, k, v), (o,), (gate, up) or
     (down,). Rows of no segment and rows whose slots are all -1 stay untouched.
+
+    routes: on a GPU, what `fill_routes` made of these segments and pages; None: it is done here. Page offsets must be
+    multiples of 8 there. A CPU does not use them.
     """
+    if y.is_cuda:
+        from lorry.kernels.triton import lora as gpu
+
+        gpu.lora_add(y, x, pages, layer, sites, segments, routes)
+        return
     library = native.library()
     if library is None or not _fits(y, x, pages, segments):
         lora_add_reference(y, x, pages, layer, sites, segments)

@@ -8,7 +8,7 @@ The CPU kernel keeps double quantization compressed and computes, one float32 ch
 
 so that a row has the same bits in every batch. The inner sums are float32 ones, or ("int16") those of integers: x
 rounded to 16 bits per row and block, code to 14, their sum exact. That is twice as fast, and its error is a quarter of
-what rounding x and W to TF32 makes.
+what rounding x and W to TF32 makes. What a GPU computes, `triton/nf4_linear.py` says.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from lorry.kernels import native, nf4
+from lorry.kernels.lora import LoraTerm
 from lorry.kernels.nf4 import NF4Weight
+
+if TYPE_CHECKING:
+    from lorry.kernels.triton.nf4_fragments import Fragments
 
 TILE = 16  # output columns that lie side by side in memory
 NESTED_SPAN = 32  # nested groups that one tile may touch, and the padding behind the last
@@ -38,7 +42,8 @@ class NF4Linear:
 
     parts: NF4 weights [N_i, K] of one K; bias: [sum of N_i] or None. Each part keeps its own absmax state. Where the
     CPU kernel serves (float32 rows, blocksize 64, K % 64 == 0, every N_i % 16 == 0) codes and absmax are permuted
-    once into tiles of 16 columns; `parts` undoes the permutation. products: the numbers that this kernel multiplies.
+    once into tiles of 16 columns, where the GPU's serves (the same without the dtype) into fragments of the tensor
+    cores; `parts` undoes the permutation. products: the numbers that the CPU kernel multiplies.
     """
 
     def __init__(self, parts: Sequence[NF4Weight], bias: Tensor | None = None, products: Products = "float32") -> None:
@@ -55,7 +60,10 @@ class NF4Linear:
         self.bias = bias
         self.products = products
         self.native = native.library() is not None and all(_fits(part) for part in parts)
+        self._fragments = _fragments(parts, bias)
         self._parts = [_permuted(part) for part in parts] if self.native else list(parts)
+        if self._fragments is not None:
+            self._parts = []
         if self.native:
             self._plan()
 
@@ -82,6 +90,8 @@ class NF4Linear:
     @property
     def parts(self) -> list[NF4Weight]:
         """The weights this was made of, bit for bit."""
+        if self._fragments is not None:
+            return self._fragments.parts
         return [_unpermuted(part) for part in self._parts] if self.native else list(self._parts)
 
     @property
@@ -101,6 +111,14 @@ def _fits(part: NF4Weight) -> bool:
         and size & (size - 1) == 0
         and (TILE - 1) * part.shape[1] // part.blocksize // size < NESTED_SPAN - 1
     )
+
+
+def _fragments(parts: Sequence[NF4Weight], bias: Tensor | None) -> Fragments | None:
+    if not parts[0].packed.is_cuda:
+        return None
+    from lorry.kernels.triton.nf4_fragments import Fragments, fits
+
+    return Fragments.on_device(parts, bias) if fits(parts) else None
 
 
 @cache
@@ -155,15 +173,22 @@ def nf4_linear_reference(x: Tensor, parts: Sequence[NF4Weight], bias: Tensor | N
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def nf4_linear(x: Tensor, weight: NF4Linear, out: Tensor | None = None) -> Tensor:
+def nf4_linear(x: Tensor, weight: NF4Linear, out: Tensor | None = None, shrink: LoraTerm | None = None) -> Tensor:
     """y = x @ W.T (+ bias).
 
     x: [M, K] float32, bfloat16 or float16; out: [M, N] of x's dtype to write to, or None for a new tensor.
-    float32 rows take the CPU kernel where the weight fits it, all others the torch reference.
+    shrink: on a GPU, a LoRA term of the same x, whose first half this computes too; a later kernel does the second.
+    On a CPU float32 rows take the kernel where the weight fits it, on a GPU 16-bit rows; all others the reference.
     """
     rows, columns = x.shape
     if columns != weight.in_features:
         raise ValueError(f"x must be [M, {weight.in_features}], got {list(x.shape)}")
+    if weight._fragments is not None and x.dtype is not torch.float32:
+        from lorry.kernels.triton import nf4_linear as gpu
+
+        return gpu.nf4_linear(x, weight._fragments, out, shrink)
+    if shrink is not None:
+        raise ValueError(f"shrink needs weights on a GPU that fit its kernels and rows of 16 bits, got {x.dtype}")
     library = native.library()
     if library is None or not weight.native or x.dtype is not torch.float32 or x.stride()[1] != 1:
         y = nf4_linear_reference(x, weight.parts, weight.bias)

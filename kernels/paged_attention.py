@@ -64,6 +64,9 @@ def paged_attention(
     kv_lens: Tensor,
     scale: float,
     sliding_window: int = 0,
+    *,
+    min_query_len: int = 0,
+    max_query_len: int | None = None,
 ) -> Tensor:
     """softmax(scale * q @ K.T, causal) @ V for every row of every sequence of the batch.
 
@@ -73,7 +76,27 @@ def paged_attention(
     none); kv_lens: int32 [S], tokens in the cache including this step's own; scale: usually D ** -0.5;
     sliding_window: tokens seen including the row's own, 0 for all. Returns [T, Hq, D] contiguous, q's dtype.
     Entries of block_tables outside what the rows see are not read.
+
+    min_query_len, max_query_len: the fewest and the most rows of any sequence that has rows, as far as the caller
+    knows them; what they promise must hold. A GPU, which cannot look without waiting, is spared the launch for
+    sequences of few rows or that for sequences of many. Rows of no sequence are undefined there, and what its kernels
+    do not serve raises ValueError.
     """
+    if q.is_cuda:
+        from lorry.kernels.triton import paged_attention as gpu
+
+        return gpu.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            cu_seqlens_q,
+            kv_lens,
+            scale,
+            sliding_window,
+            min_query_len=min_query_len,
+            max_query_len=max_query_len,
+        )
     library = native.library()
     rows, heads, width = q.shape
     if library is None or not _fits(q, k_cache, v_cache, width) or not _int32(block_tables, cu_seqlens_q, kv_lens):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels import native
+from lorry.kernels.lora import LoraTerm
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,21 +26,32 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @overload
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: None = None, lora: LoraTerm | None = None) -> Tensor: ...
 
 
 @overload
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor, lora: LoraTerm | None = None
+) -> tuple[Tensor, Tensor]: ...
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, lora: LoraTerm | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """y = x / sqrt(mean(x**2) + eps) * weight over the last dimension.
 
     x: [..., D], any strides over the leading dimensions (a head of a fused qkv output may be handed as a view);
     weight: [D]; residual: same shape as x, updated in place to residual + x, and then normed in x's stead.
+    lora: on a GPU, the LoRA sum of the product that made x [M, D], its shrink done, still to be added; x itself stays.
     Returns y, contiguous in x's dtype; with a residual the pair (y, residual). float32 on a CPU takes the native
     kernel where x has at most three dimensions, or any number of contiguous ones.
     """
+    if x.is_cuda:
+        from lorry.kernels.triton import rms_norm as gpu
+
+        normed = gpu.rms_norm(x, weight, eps, residual, lora)
+        return normed if residual is None else (normed, residual)
+    assert lora is None, "only a GPU kernel finishes a LoRA sum"
     library = native.library()
     if library is None or not _fits(x, weight, residual):
         if residual is None:

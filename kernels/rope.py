@@ -26,8 +26,13 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
 
     positions: int64 [T], all below max_pos; cos_sin: float32 [max_pos, D], cosines in [:, :D/2], sines in
     [:, D/2:]. q and k may be strided views of one fused qkv output; only their last dimension must be contiguous.
-    Raises IndexError for a position outside cos_sin.
+    Raises IndexError for a position outside cos_sin; on a GPU its row becomes zeros.
     """
+    if q.is_cuda:
+        from lorry.kernels.triton import kv_store as gpu
+
+        gpu.rope(q, k, positions, cos_sin)
+        return
     library = native.library()
     if library is not None and _fits(q) and _fits(k) and cos_sin.is_contiguous():
         rows, heads, width = q.shape

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels import native
+from lorry.kernels.lora import LoraTerm
 
 
 def silu_mul_reference(gate_up: Tensor) -> Tensor:
@@ -17,8 +18,16 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up; gate_up: [M, 2I] with the gate in the first I columns -> [M, I] in the same dtype."""
+def silu_mul(gate_up: Tensor, lora: LoraTerm | None = None) -> Tensor:
+    """silu(gate) * up; gate_up: [M, 2I] with the gate in the first I columns -> [M, I] in the same dtype.
+
+    lora: on a GPU, the LoRA sums of (gate, up) that are still to be added, their shrink done; gate_up itself stays.
+    """
+    if gate_up.is_cuda:
+        from lorry.kernels.triton import silu_mul as gpu
+
+        return gpu.silu_mul(gate_up, lora)
+    assert lora is None, "only a GPU kernel finishes a LoRA sum"
     library = native.library()
     fits = gate_up.dtype is torch.float32 and gate_up.is_cpu and gate_up.stride()[1] == 1
     if library is None or not fits:

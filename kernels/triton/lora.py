@@ -1,0 +1,469 @@
+"""Low-rank updates on a GPU, in two halves with a small float32 workspace between them.
+
+    shrink   partial[split, row, site, 16 p + r] = sum_{k of the split} x[row, k] * A_p[r, k]
+    expand   y[row, site] += sum_p (scale_p * sum_split partial[split, row, site, 16 p :]) @ B_p
+
+p runs over the pages of all adapters of a row's combo: `fill_routes` resolves slots, weights and pages into one list
+for each segment and linear, once for all layers of a step, so that a kernel finds its page and the scale with one
+load.
+
+**Layout.** A *tile* is at most 16 rows (64 in long batches) of one segment; tiles cover every row of the batch, so
+that a kernel that goes by tiles serves rows without adapters too. A page is A [16, K], then B [16, N], both row-
+contiguous, at a multiple of 8 elements of the arena.
+
+**Plan.** `shrink_tile` and `expand_tile` (or `expand_row`) are parts of other kernels: in decoding, shrink runs in
+extra programs of the base product of the same x and expand in the kernel that reads y next, so LoRA costs no launch.
+Long batches run the two as kernels of their own. A program of shrink is one (tile, split of K, page, site). 16 by 16
+numbers occupy but one or two warps of a product, so with 16 rows each warp multiplies another slice of K.
+
+**Rounding.** x and A multiply exactly into float32 sums where they have one dtype, and are taken to float32 where
+not. The scaled ranks enter the product with B as two numbers of the arena's dtype, the rounded one and what that
+left, so the whole is as good as float32 down to about 17 bits. Only what is stored in y is rounded. A row's bits
+depend on K, on its own pages and on whether tiles have 16 or 64 rows, not on the other rows.
+
+Bound: the bytes of the pages of the distinct adapters. All tiles, steps and splits are calculated, not yet measured
+on a GPU.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorry.kernels.lora import PAGE_RANK, AdapterPages, LoraTerm, Routes, Segments, Site, make_routes, shrink_splits
+from lorry.kernels.triton.common import FUSION, dot, rounded
+
+RANK = tl.constexpr(PAGE_RANK)
+WARPS, STAGES = 4, 3  # of the stand-alone shrink
+EXPAND_COLUMNS = 128
+ROUTE_LINEARS = 32  # that a program of `fill_routes` resolves
+
+
+@triton.jit
+def _list(segment, linear, LINEARS: tl.constexpr, PAGES: tl.constexpr):
+    """Where the pages of a linear are listed: their number, then the pages."""
+    return (segment.to(tl.int64) * LINEARS + linear) * (PAGES + 1)
+
+
+@triton.jit
+def shrink_tile(
+    program, x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, STEP: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """partial[split, rows of a tile, site, 16 p : 16 p + 16] = x[rows, k] @ A_p[:, k].T, k the split's columns.
+
+    program: (site, page, split, tile) in one, the first the fastest, so that neighbours share x. linear: 7 layer +
+    index of the first site. WARPS: the kernel's; STAGES: steps of K under way.
+    """
+    site, page = program % SITES, program // SITES % PAGES
+    split = program // (SITES * PAGES) % SPLITS
+    tile = tiles + program // (SITES * PAGES * SPLITS) * 3
+    start, count, segment = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    if (count > 0) & (segment >= 0):
+        listed = page_offsets + _list(segment, linear + site, LINEARS, PAGES)
+        offset = tl.load(listed + 1 + page)
+        if page < tl.load(listed):
+            ranks, local = tl.arange(0, RANK), tl.arange(0, TILE_ROWS)
+            a = arena + tl.multiple_of(offset, 8)
+            x_row = x + start.to(tl.int64) * stride_x
+            width = tl.cdiv(tl.cdiv(in_features, SPLITS), STEP) * STEP
+            first = split * width
+            end = tl.minimum(first + width, in_features)
+            if TILE_ROWS == 16:
+                k = tl.arange(0, WARPS)[:, None, None] * (STEP // WARPS) + tl.arange(0, STEP // WARPS)[None, None, :]
+                row_mask = (local < count)[None, :, None]
+                x_row += local[None, :, None] * stride_x + k
+                a += ranks[None, :, None] * in_features + k
+                sums = tl.zeros((WARPS, TILE_ROWS, RANK), tl.float32)
+                for at in tl.range(first, end, STEP, num_stages=STAGES):
+                    inside = at + k < in_features
+                    rows = tl.load(x_row + at, mask=row_mask & inside, other=0.0)
+                    page_a = tl.load(a + at, mask=inside, other=0.0)
+                    if x.dtype != arena.dtype:
+                        rows, page_a = rows.to(tl.float32), page_a.to(tl.float32)
+                    sums = dot(rows, tl.permute(page_a, (0, 2, 1)), sums)
+                total = tl.sum(sums, axis=0)
+            else:
+                k = tl.arange(0, STEP)[None, :]
+                row_mask = (local < count)[:, None]
+                x_row += local[:, None] * stride_x + k
+                a += ranks[:, None] * in_features + k
+                total = tl.zeros((TILE_ROWS, RANK), tl.float32)
+                for at in tl.range(first, end, STEP, num_stages=STAGES):
+                    inside = at + k < in_features
+                    rows = tl.load(x_row + at, mask=row_mask & inside, other=0.0)
+                    page_a = tl.load(a + at, mask=inside, other=0.0)
+                    if x.dtype != arena.dtype:
+                        rows, page_a = rows.to(tl.float32), page_a.to(tl.float32)
+                    total = dot(rows, page_a.T, total)
+            place = (split.to(tl.int64) * capacity + start + local) * (SITES * PAGES) + site * PAGES + page
+            tl.store(partial + place[:, None] * RANK + ranks[None, :], total, mask=(local < count)[:, None])
+
+
+@triton.jit
+def _listed(page_offsets, page_scales, at, inside):
+    """Offset and scale of a page; unlike a hint, a product tells that 8 divides the offset even around a loop."""
+    offset = tl.load(page_offsets + at, mask=inside, other=0)
+    return offset >> 3, tl.load(page_scales + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _hidden(ranks, mask, split_stride, SPLITS: tl.constexpr):
+    """Sum of the splits in their order."""
+    hidden = tl.load(ranks, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        hidden += tl.load(ranks + split * split_stride, mask=mask, other=0.0)
+    return hidden
+
+
+@triton.jit
+def _add_product(acc, hidden, page_b, dtype: tl.constexpr):
+    """acc + hidden @ page_b; hidden float32, page_b of `dtype`."""
+    if dtype == tl.float32:
+        acc = dot(hidden, page_b, acc)
+    else:
+        high = rounded(hidden, dtype)
+        acc = dot(high, page_b, acc)
+        acc = dot(rounded(hidden - high.to(tl.float32), dtype), page_b, acc)
+    return acc
+
+
+@triton.jit
+def expand_tile(
+    acc, rows, row_mask, columns, column_mask, segment, site, size,
+    arena, page_offsets, page_scales, partial, linear, capacity, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """acc + sum_p scale_p * sum_split partial[split, rows, site, p] @ B_p[:, columns], float32 [R, C].
+
+    rows: [R] of one segment, R >= 16; columns: [C] of the site, C >= 16; size: N of the site. A segment below 0 adds
+    nothing.
+    """
+    at = _list(segment, linear + site, LINEARS, PAGES)
+    count = tl.load(page_offsets + at, mask=segment >= 0, other=0).to(tl.int32)
+    eighth, scale = _listed(page_offsets, page_scales, at + 1, segment >= 0)  # not after count: loads take their time
+    ranks = tl.arange(0, RANK)
+    ranks_of = partial + (rows.to(tl.int64)[:, None] * SITES + site) * (PAGES * RANK) + ranks[None, :]
+    split_stride = tl.cast(capacity, tl.int64) * (SITES * PAGES * RANK)
+    b = arena + in_features * RANK + ranks[:, None] * size + columns[None, :]
+    for page in tl.range(0, count, num_stages=1):
+        page_b = tl.load(b + eighth * 8, mask=column_mask[None, :], other=0.0)
+        hidden = _hidden(ranks_of + page * RANK, row_mask[:, None], split_stride, SPLITS) * scale
+        acc = _add_product(acc, hidden, page_b, arena.dtype.element_ty)
+        eighth, scale = _listed(page_offsets, page_scales, at + 2 + page, page + 1 < count)
+    return acc
+
+
+@triton.jit
+def expand_pair(
+    acc_0, acc_1, rows, row_mask, columns, column_mask, segment, size,
+    arena, page_offsets, page_scales, partial, linear, capacity, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """`expand_tile` of sites 0 and 1, both [16, N = size], the loads of both under way at once."""
+    at_0, at_1 = _list(segment, linear, LINEARS, PAGES), _list(segment, linear + 1, LINEARS, PAGES)
+    count_0 = tl.load(page_offsets + at_0, mask=segment >= 0, other=0).to(tl.int32)
+    count_1 = tl.load(page_offsets + at_1, mask=segment >= 0, other=0).to(tl.int32)
+    eighth_0, scale_0 = _listed(page_offsets, page_scales, at_0 + 1, segment >= 0)
+    eighth_1, scale_1 = _listed(page_offsets, page_scales, at_1 + 1, segment >= 0)
+    ranks = tl.arange(0, RANK)
+    ranks_0 = partial + rows.to(tl.int64)[:, None] * (SITES * PAGES * RANK) + ranks[None, :]
+    split_stride = tl.cast(capacity, tl.int64) * (SITES * PAGES * RANK)
+    b = arena + in_features * RANK + ranks[:, None] * size + columns[None, :]
+    for page in tl.range(0, tl.maximum(count_0, count_1), num_stages=1):
+        in_0, in_1 = page < count_0, page < count_1  # the interpreter cannot combine these with a mask
+        mask_0, mask_1 = columns < tl.where(in_0, size, 0), columns < tl.where(in_1, size, 0)
+        b_0 = tl.load(b + eighth_0 * 8, mask=(column_mask & mask_0)[None, :], other=0.0)
+        b_1 = tl.load(b + eighth_1 * 8, mask=(column_mask & mask_1)[None, :], other=0.0)
+        page_ranks = ranks_0 + page * RANK
+        hidden_0 = _hidden(page_ranks, row_mask[:, None], split_stride, SPLITS) * scale_0
+        hidden_1 = _hidden(page_ranks + PAGES * RANK, row_mask[:, None], split_stride, SPLITS) * scale_1
+        hidden_0, hidden_1 = tl.where(in_0, hidden_0, 0.0), tl.where(in_1, hidden_1, 0.0)
+        acc_0 = _add_product(acc_0, hidden_0, b_0, arena.dtype.element_ty)
+        acc_1 = _add_product(acc_1, hidden_1, b_1, arena.dtype.element_ty)
+        eighth_0, scale_0 = _listed(page_offsets, page_scales, at_0 + 2 + page, page + 1 < count_0)
+        eighth_1, scale_1 = _listed(page_offsets, page_scales, at_1 + 2 + page, page + 1 < count_1)
+    return acc_0, acc_1
+
+
+@triton.jit
+def expand_row(
+    acc, row, columns, column_mask, segment, site, size,
+    arena, page_offsets, page_scales, partial, linear, capacity, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr = 16,
+):  # fmt: skip
+    """`expand_tile` of one row in float32 sums without the tensor cores: acc [C].
+
+    GROUP: ranks, a power of two to 16, whose B is held in registers at a time.
+    """
+    at = _list(segment, linear + site, LINEARS, PAGES)
+    count = tl.load(page_offsets + at, mask=segment >= 0, other=0).to(tl.int32)
+    eighth, scale = _listed(page_offsets, page_scales, at + 1, segment >= 0)
+    ranks_of = partial + (tl.cast(row, tl.int64) * SITES + site) * (PAGES * RANK)
+    split_stride = tl.cast(capacity, tl.int64) * (SITES * PAGES * RANK)
+    b = arena + in_features * RANK + columns[None, :]
+    for page in tl.range(0, count, num_stages=1):
+        for first in tl.static_range(0, RANK, GROUP):
+            ranks = first + tl.arange(0, GROUP)
+            page_b = tl.load(b + eighth * 8 + ranks[:, None] * size, mask=column_mask[None, :], other=0.0)
+            hidden = _hidden(ranks_of + page * RANK + ranks, ranks < RANK, split_stride, SPLITS) * scale
+            acc += tl.sum(hidden[:, None] * page_b.to(tl.float32), axis=0)
+        eighth, scale = _listed(page_offsets, page_scales, at + 2 + page, page + 1 < count)
+    return acc
+
+
+@triton.jit
+def _site(site, a, b, c):
+    return tl.where(site == 0, a, tl.where(site == 1, b, c))
+
+
+@triton.jit(do_not_specialize=["linear"])
+def lora_shrink_kernel(
+    x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, STEP: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    shrink_tile(
+        tl.program_id(0), x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
+        LINEARS, SITES, PAGES, SPLITS, TILE_ROWS, STEP, WARPS, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["linear", "start_0", "start_1", "start_2", "size_0", "size_1", "size_2"])
+def lora_expand_kernel(
+    y, stride_y, tiles, start_0, start_1, start_2, size_0, size_1, size_2,
+    arena, page_offsets, page_scales, partial, linear, capacity, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, COLUMNS columns of one site). ALIGNMENT: what divides the starts and the sizes."""
+    tile = tiles + tl.program_id(0) * 3
+    start, count, segment = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    if (count > 0) & (segment >= 0):
+        block = tl.program_id(1)
+        blocks_0, blocks_1 = tl.cdiv(size_0, COLUMNS), tl.cdiv(size_1, COLUMNS)
+        site = (block >= blocks_0).to(tl.int32) + (block >= blocks_0 + blocks_1).to(tl.int32)
+        block -= _site(site, 0, blocks_0, blocks_0 + blocks_1)
+        size = tl.multiple_of(_site(site, size_0, size_1, size_2), ALIGNMENT)
+        columns = block * COLUMNS + tl.arange(0, COLUMNS)
+        local = tl.arange(0, TILE_ROWS)
+        row_mask, column_mask = local < count, columns < size
+        acc = expand_tile(
+            tl.zeros((TILE_ROWS, COLUMNS), tl.float32),
+            start + local, row_mask, columns, column_mask, segment, site, size,
+            arena, page_offsets, page_scales, partial, linear, capacity, in_features, LINEARS, SITES, PAGES, SPLITS,
+        )  # fmt: skip
+        first_column = tl.multiple_of(_site(site, start_0, start_1, start_2), ALIGNMENT)
+        place = y + start.to(tl.int64) * stride_y + first_column + local[:, None] * stride_y + columns[None, :]
+        mask = row_mask[:, None] & column_mask[None, :]
+        base = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(place, rounded(base + acc, y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["segments", "rows"])
+def fill_routes_kernel(
+    tiles, row_segment, page_offsets, page_scales, starts, slots, weights, offsets, scaling,
+    segments, rows, capacity, tile_count,
+    ADAPTERS: tl.constexpr, LINEARS: tl.constexpr, MAX_PAGES: tl.constexpr, PAGES: tl.constexpr,
+    TILE_ROWS: tl.constexpr, GROUPS: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LINEARS: tl.constexpr,
+):  # fmt: skip
+    """Program (group of rows, job).
+
+    Group 0 are the rows before the first segment, g + 1 those of segment g, the last one those behind. Job 0 writes
+    the tiles and rows of its group, job b + 1 the pages of BLOCK_LINEARS linears.
+    """
+    group, job = tl.program_id(0), tl.program_id(1)
+    segment = group - 1
+    inside = (segment >= 0) & (segment < segments)
+    if job == 0:
+        groups = tl.arange(0, GROUPS)
+        bounds = starts + groups
+        low = tl.load(bounds - 1, mask=(groups > 0) & (groups <= segments + 1), other=0)
+        high = tl.load(bounds, mask=groups <= segments, other=rows)
+        low, high = tl.minimum(low, rows), tl.minimum(high, rows)
+        sizes = tl.where(groups <= segments + 1, high - low, 0)
+        tiles_of = (sizes + TILE_ROWS - 1) // TILE_ROWS
+        first_tile = tl.sum(tl.where(groups < group, tiles_of, 0))
+        own_tiles = tl.sum(tl.where(groups == group, tiles_of, 0))
+        first_row = tl.sum(tl.where(groups < group, sizes, 0))
+        own_rows = tl.sum(tl.where(groups == group, sizes, 0))
+        adapted = -1
+        for adapter in tl.static_range(ADAPTERS):
+            slot = tl.load(slots + segment * ADAPTERS + adapter, mask=inside, other=-1)
+            adapted = tl.where(slot >= 0, segment, adapted)
+        lane = tl.arange(0, BLOCK)
+        for at in range(0, own_tiles, BLOCK):
+            index = at + lane
+            where, mask = tiles + (first_tile + index) * 3, index < own_tiles
+            tl.store(where, first_row + index * TILE_ROWS, mask=mask)
+            tl.store(where + 1, tl.minimum(own_rows - index * TILE_ROWS, TILE_ROWS), mask=mask)
+            tl.store(where + 2, tl.zeros((BLOCK,), tl.int32) + adapted, mask=mask)
+        for at in range(0, own_rows, BLOCK):
+            mask = at + lane < own_rows
+            tl.store(row_segment + first_row + at + lane, tl.zeros((BLOCK,), tl.int32) + adapted, mask=mask)
+        if segment == segments:  # unused capacity
+            for at in range(first_tile + own_tiles, tile_count, BLOCK):
+                where, mask = tiles + (at + lane) * 3, at + lane < tile_count
+                tl.store(where, tl.zeros((BLOCK,), tl.int32), mask=mask)
+                tl.store(where + 1, tl.zeros((BLOCK,), tl.int32), mask=mask)
+                tl.store(where + 2, tl.zeros((BLOCK,), tl.int32) - 1, mask=mask)
+            for at in range(rows, capacity, BLOCK):
+                tl.store(row_segment + at + lane, tl.zeros((BLOCK,), tl.int32) - 1, mask=at + lane < capacity)
+    elif inside:
+        linear = (job - 1) * BLOCK_LINEARS + tl.arange(0, BLOCK_LINEARS)
+        page = tl.arange(0, LIST)[None, :]
+        listed = _list(segment, linear, LINEARS, PAGES)
+        found = tl.zeros((BLOCK_LINEARS,), tl.int32)
+        for adapter in tl.static_range(ADAPTERS):
+            slot = tl.load(slots + segment * ADAPTERS + adapter)
+            if slot >= 0:
+                own = slot.to(tl.int64) * LINEARS + linear
+                mask = (linear < LINEARS)[:, None] & (page < MAX_PAGES)
+                offset = tl.load(offsets + own[:, None] * MAX_PAGES + page, mask=mask, other=-1)
+                scale = tl.load(scaling + own, mask=linear < LINEARS, other=0.0)
+                scale *= tl.load(weights + segment * ADAPTERS + adapter)
+                where = listed[:, None] + found[:, None] + 1 + page
+                here = (offset >= 0) & (found[:, None] + page < PAGES)
+                tl.store(page_offsets + where, offset, mask=here)
+                tl.store(page_scales + where, tl.broadcast_to(scale[:, None], (BLOCK_LINEARS, LIST)), mask=here)
+                found += tl.sum((offset >= 0).to(tl.int32), axis=1)
+        tl.store(page_offsets + listed, tl.minimum(found, PAGES).to(tl.int64), mask=linear < LINEARS)
+
+
+def fill_routes(routes: Routes, segments: Segments, pages: AdapterPages, rows: int) -> None:
+    """Fill `routes` for a batch of `rows` rows, in one launch; segments and pages as in `lora.lora_add`.
+
+    Raises ValueError where the batch or the segments exceed what the routes were made for.
+    """
+    count, adapters = segments.slots.shape
+    _, layers, sites, max_pages = pages.offsets.shape
+    if rows > routes.capacity or count > routes.page_offsets.shape[0]:
+        raise ValueError(f"{rows} rows in {count} segments do not fit routes for {routes.capacity} rows")
+    device = routes.tiles.device
+    starts, slots, weights = (
+        tensor.to(device, non_blocking=True) for tensor in (segments.starts, segments.slots, segments.weights)
+    )
+    fill_routes_kernel[count + 2, 1 + triton.cdiv(layers * sites, ROUTE_LINEARS)](
+        routes.tiles, routes.row_segment, routes.page_offsets, routes.page_scales, starts, slots, weights,
+        pages.offsets, pages.scaling, count, rows, routes.capacity, routes.tile_count,
+        ADAPTERS=adapters, LINEARS=layers * sites, MAX_PAGES=max_pages, PAGES=routes.pages,
+        TILE_ROWS=routes.tile_rows, GROUPS=triton.next_power_of_2(count + 2),
+        LIST=triton.next_power_of_2(max_pages), BLOCK=128, BLOCK_LINEARS=ROUTE_LINEARS,
+        num_warps=4, num_stages=1, **FUSION,
+    )  # fmt: skip
+
+
+def _arguments(term: LoraTerm) -> dict[str, Any]:
+    routes = term.routes
+    _, layers, sites, _ = routes.page_offsets.shape
+    return {
+        "arena": term.pages.arena,
+        "page_offsets": routes.page_offsets,
+        "partial": routes.partial,
+        "linear": term.layer * sites + term.sites[0].index,
+        "capacity": routes.capacity,
+        "in_features": term.in_features,
+        "LINEARS": layers * sites,
+        "SITES": len(term.sites),
+        "PAGES": routes.pages,
+        "SPLITS": shrink_splits(term.in_features),
+    }
+
+
+def expand_arguments(term: LoraTerm | None) -> dict[str, Any]:
+    """What a kernel that calls `expand_tile` or `expand_row` takes besides; None: no LoRA, PAGES is 0."""
+    if term is None:
+        names = ("arena", "page_offsets", "page_scales", "partial", "linear", "capacity", "in_features")
+        return dict.fromkeys(names) | {"LINEARS": 0, "SITES": 0, "PAGES": 0, "SPLITS": 0}
+    return _arguments(term) | {"page_scales": term.routes.page_scales}
+
+
+def shrink_arguments(term: LoraTerm | None) -> dict[str, Any]:
+    """What a kernel that calls `shrink_tile` takes besides; None: no LoRA, PAGES is 0."""
+    if term is None:
+        names = ("tiles", "arena", "page_offsets", "partial", "linear", "capacity", "in_features")
+        return dict.fromkeys(names) | dict.fromkeys(("LINEARS", "SITES", "PAGES", "SPLITS", "TILE_ROWS", "STEP"), 0)
+    routes = term.routes
+    step = _step(routes.tile_rows, term.pages.arena.dtype)
+    return _arguments(term) | {"tiles": routes.tiles, "TILE_ROWS": routes.tile_rows, "STEP": step}
+
+
+def _step(tile_rows: int, dtype: torch.dtype) -> int:
+    """Columns of x and A multiplied at a time in `dtype`; float32 has no tensor cores and spills with more."""
+    if dtype is torch.float32:
+        return 64 if tile_rows == 16 else 32
+    return 256 if tile_rows == 16 else 128
+
+
+def shrink_programs(term: LoraTerm | None) -> int:
+    """How many programs `shrink_tile` wants."""
+    if term is None:
+        return 0
+    routes = term.routes
+    return routes.tile_count * len(term.sites) * routes.pages * shrink_splits(term.in_features)
+
+
+def lora_shrink(x: Tensor, term: LoraTerm) -> None:
+    """Write the workspace of `term.routes`; x [M, K], contiguous rows, any stride between them."""
+    if x.shape[0] == 0:
+        return
+    arguments = shrink_arguments(term)
+    if x.dtype is not term.pages.arena.dtype:
+        arguments["STEP"] = _step(term.routes.tile_rows, torch.float32)
+    lora_shrink_kernel[(shrink_programs(term),)](
+        x, x.stride(0), **arguments, WARPS=WARPS, STAGES=STAGES,
+        num_warps=WARPS, num_stages=STAGES, **FUSION,
+    )  # fmt: skip
+
+
+def lora_expand(y: Tensor, term: LoraTerm) -> None:
+    """y[rows, site] += what the workspace of `term.routes` makes with B; y [M, sum of N], contiguous rows."""
+    if y.shape[0] == 0:
+        return
+    routes, sites = term.routes, term.sites
+    starts, sizes = ([*values, 0, 0][:3] for values in ([s.start for s in sites], [s.size for s in sites]))
+    blocks = sum(triton.cdiv(site.size, EXPAND_COLUMNS) for site in sites)
+    lora_expand_kernel[routes.tile_count, blocks](
+        y, y.stride(0), routes.tiles, *starts, *sizes, **expand_arguments(term), TILE_ROWS=routes.tile_rows,
+        COLUMNS=EXPAND_COLUMNS, ALIGNMENT=alignment(*starts, *sizes),
+        num_warps=4, num_stages=1, **FUSION,
+    )  # fmt: skip
+
+
+def alignment(*values: int) -> int:
+    """The largest power of two, at most 16, that divides all values."""
+    return next(power for power in (16, 8, 4, 2, 1) if all(value % power == 0 for value in values))
+
+
+def lora_add(
+    y: Tensor,
+    x: Tensor,
+    pages: AdapterPages,
+    layer: int,
+    sites: tuple[Site, ...],
+    segments: Segments,
+    routes: Routes | None = None,
+) -> None:
+    """As `lora.lora_add`; routes: filled for this batch with `fill_routes`, or None: they are made here."""
+    rows, in_features = x.shape
+    if rows == 0 or not segments.slots.numel():
+        return
+    runs = [
+        tuple(site for _, site in run)
+        for _, run in groupby(enumerate(sites), key=lambda numbered: numbered[1].index - numbered[0])
+    ]
+    if routes is None:
+        count, adapters = segments.slots.shape
+        widths = [(in_features, len(run)) for run in runs]
+        routes = make_routes(rows, count, adapters * pages.offsets.shape[3], pages, widths)
+        fill_routes(routes, segments, pages, rows)
+    for run in runs:
+        term = LoraTerm(routes, pages, layer, run, in_features)
+        lora_shrink(x, term)
+        lora_expand(y, term)

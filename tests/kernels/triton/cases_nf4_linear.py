@@ -1,0 +1,51 @@
+"""Launches of nf4_linear with the tiles that Llama-3-8B's shapes take; see assembly.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from lorry.kernels.nf4 import NF4Weight
+from lorry.kernels.triton.nf4_fragments import Fragments
+from lorry.kernels.triton.nf4_linear import dequantize, nf4_linear
+
+
+def empty(rows: int, columns: int) -> NF4Weight:
+    blocks = rows * columns // 64
+    return NF4Weight(
+        torch.empty(rows * columns // 2, dtype=torch.uint8),
+        torch.empty(blocks, dtype=torch.uint8),
+        (rows, columns),
+        nested_absmax=torch.empty(-(-blocks // 256)),
+        nested_code=torch.empty(256),
+        nested_offset=0.0,
+    )
+
+
+def case(sizes: list[int], columns: int, rows: int, lane_columns: int) -> Callable[[], object]:
+    def launch() -> object:
+        fragments = Fragments([empty(size, columns) for size in sizes], None, lane_columns=lane_columns)
+        return nf4_linear(torch.empty(rows, columns, dtype=torch.bfloat16), fragments)
+
+    return launch
+
+
+def dequantized() -> object:
+    return dequantize(Fragments([empty(256, 1024)], None), torch.bfloat16)
+
+
+GATE_UP, DOWN = ([14336, 14336], 128), ([128], 14336)  # few columns or rows: the tiles are the same, the memory is not
+CASES: dict[str, Callable[[], object]] = {
+    "dequantize": dequantized,
+    **{
+        f"{name} M={rows} lanes={lanes}": case(sizes, columns, rows, lanes)
+        for lanes in (2, 4)
+        for name, (sizes, columns), rows in (
+            ("gate_up", GATE_UP, 16),
+            ("down", DOWN, 16),
+            ("gate_up", GATE_UP, 64),
+            ("gate_up", GATE_UP, 512),
+        )
+    },
+}

@@ -1,0 +1,53 @@
+"""Where the Triton kernels run in these tests: on a GPU if there is one, else in Triton's interpreter.
+
+Triton decides when it is first imported, so the choice is made here, before any test module imports a kernel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import ChainMap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def assembled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[Any]]:
+    """(case, architecture) → the `assembly.Assembly` of each kernel that the case launches; see cases_*.py."""
+    folder = tmp_path_factory.mktemp("assembly")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def compiled(cases: Path) -> dict[str, Any]:
+        output = folder / f"{cases.stem}.json"
+        command = [sys.executable, HERE / "assembly.py", output, cases.stem]
+        subprocess.run(command, env=environment, check=True, timeout=600)
+        results: dict[str, Any] = json.loads(output.read_text())
+        return results
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = dict(ChainMap(*pool.map(compiled, sorted(HERE.glob("cases_*.py")))))
+    spec = importlib.util.spec_from_file_location("assembly", HERE / "assembly.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["assembly"] = module
+    spec.loader.exec_module(module)
+    return lambda case, architecture: [module.Assembly(**record) for record in results[f"{case}@{architecture}"]]
