@@ -138,7 +138,7 @@ def fill_routes(routes: Routes, segments: Segments, pages: AdapterPages, rows: i
     To be repeated when the segments change or a page moves. Segments with padding, for a graph: `starts` goes on with
     the number of rows. Raises ValueError where the batch exceeds what the routes were made for.
     """
-    from lorry.kernels.triton import lora as gpu
+    from lorry.kernels.triton import lora_routes as gpu
 
     gpu.fill_routes(routes, segments, pages, rows)
 

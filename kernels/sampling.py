@@ -194,7 +194,7 @@ def penalize(
     repetition (1: off), presence, frequency (0: off): float32 [R]; rows without entries stay as they are
     """
     if logits.is_cuda:
-        from lorry.kernels.triton import sampling as gpu
+        from lorry.kernels.triton import penalties as gpu
 
         gpu.penalize(logits, bias, counts, repetition, presence, frequency)
         return

@@ -57,8 +57,8 @@ def decode(stage: Stage, sequences: int, context: int) -> Iterator[Figure]:
     flops = 4.0 * sequences * shape.heads * context * shape.head_dim
     figure = Figure("attention decode", f"{sequences} sequences of {context}", sequences, None, moved, flops)
     figure.seconds = stage.time([partial(attend, *pair) for pair in caches], figure.eager)
-    plain = [tuple(contiguous(cache, table, context) for cache in pair) for pair in caches]
-    peer = [partial(F.scaled_dot_product_attention, q[:, :, None], *pair, enable_gqa=True) for pair in plain]
+    plain = [(contiguous(keys, table, context), contiguous(values, table, context)) for keys, values in caches]
+    peer = [partial(F.scaled_dot_product_attention, q[:, :, None], k, v, enable_gqa=True) for k, v in plain]
     figure.peers["SDPA, contiguous"] = stage.time(peer, figure.eager, "SDPA, contiguous")
     yield figure
 
@@ -82,9 +82,9 @@ def prefill(stage: Stage, sequences: int, context: int) -> Iterator[Figure]:
     moved = 2 * q.nbytes + 2 * 2 * sequences * context * shape.kv_heads * shape.head_dim
     figure = Figure("attention prefill", f"{sequences} sequences of {context}", len(q), None, moved, flops)
     figure.seconds = stage.time([attend], figure.eager)
-    plain = tuple(contiguous(cache, table, context) for cache in (keys, values))
+    plain_keys, plain_values = contiguous(keys, table, context), contiguous(values, table, context)
     queries = q.view(sequences, context, *q.shape[1:]).transpose(1, 2).contiguous()
-    peer = partial(F.scaled_dot_product_attention, queries, *plain, is_causal=True, enable_gqa=True)
+    peer = partial(F.scaled_dot_product_attention, queries, plain_keys, plain_values, is_causal=True, enable_gqa=True)
     figure.peers["SDPA, contiguous"] = stage.time([peer], figure.eager, "SDPA, contiguous")
     yield figure
 

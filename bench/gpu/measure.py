@@ -136,7 +136,7 @@ class Stage:
 
 def captured(calls: Sequence[Call]) -> Call:
     """The calls as one CUDA graph. What they return is kept by the graph's memory pool, not by the caller."""
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         calls[0]()
@@ -151,12 +151,12 @@ def captured(calls: Sequence[Call]) -> Call:
 
 def elapsed(call: Call) -> float:
     """Seconds between two events around the call."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     call()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def expect_close(what: str, actual: Tensor, expected: Tensor, limit: float) -> None:

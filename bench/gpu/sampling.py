@@ -74,7 +74,7 @@ def sampling(stage: Stage, dtype: torch.dtype) -> Iterator[Figure]:
 
 @torch.inference_mode()
 def penalties(stage: Stage) -> Iterator[Figure]:
-    from lorry.kernels.triton.sampling import penalize
+    from lorry.kernels.triton.penalties import penalize
 
     rows, vocabulary, entries = stage.pick((ROWS, VOCABULARY, 2000), (2, 517, 30))
     ids = torch.cat([torch.randperm(vocabulary)[:entries] for _ in range(rows)]).int().to(stage.device)

@@ -24,14 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorry.kernels.sampling import SORTED, TINY, Draws, SamplingRows, TokenValues
+from lorry.kernels.sampling import SORTED, TINY, Draws, SamplingRows
 from lorry.kernels.triton.common import FUSION
 
 TILE = 4096  # logits to a program of the first pass
 BLOCK = 32  # logits under one maximum
 LISTED = 256  # blocks in the list
 CHUNK = 4096  # logits at a time, where the whole row is read
-ENTRIES = 1024  # of a token list at a time
 
 _BLOCK = tl.constexpr(BLOCK)
 _SORTED = tl.constexpr(SORTED)
@@ -395,55 +394,3 @@ def sample(
         CHUNK=chunk, SHIFT=16 if logits.dtype is torch.bfloat16 else 0, num_warps=8, **FUSION,
     )  # fmt: skip
     return tokens, logprobs
-
-
-@triton.jit
-def penalize_kernel(
-    logits, bias_starts, bias_ids, bias_values, count_starts, count_ids, counts,
-    repetitions, presences, frequencies, stride, ENTRIES: tl.constexpr,
-):  # fmt: skip
-    """One program for a row: first its biases, then its penalties."""
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    entry = tl.arange(0, ENTRIES)
-    if bias_starts is not None:
-        end = tl.load(bias_starts + row + 1)
-        for start in range(tl.load(bias_starts + row), end, ENTRIES):
-            mask = start + entry < end
-            id = tl.load(bias_ids + start + entry, mask=mask, other=0)
-            z = tl.load(logits + id, mask=mask, other=0.0).to(tl.float32)
-            z += tl.load(bias_values + start + entry, mask=mask, other=0.0)
-            tl.store(logits + id, z.to(logits.dtype.element_ty), mask=mask)
-        tl.debug_barrier()  # a token may be in both lists, at other threads
-    if count_starts is not None:
-        repetition = tl.load(repetitions + row)
-        presence, frequency = tl.load(presences + row), tl.load(frequencies + row)
-        end = tl.load(count_starts + row + 1)
-        for start in range(tl.load(count_starts + row), end, ENTRIES):
-            mask = start + entry < end
-            id = tl.load(count_ids + start + entry, mask=mask, other=0)
-            count = tl.load(counts + start + entry, mask=mask, other=0.0)
-            z = tl.load(logits + id, mask=mask, other=0.0).to(tl.float32)
-            z = tl.where(z < 0, z * repetition, tl.div_rn(z, tl.zeros_like(z) + repetition))
-            z -= tl.where(count > 0, presence, 0.0) + frequency * count
-            tl.store(logits + id, z.to(logits.dtype.element_ty), mask=mask)
-
-
-def penalize(
-    logits: Tensor,
-    bias: TokenValues | None,
-    counts: TokenValues | None,
-    repetition: Tensor,
-    presence: Tensor,
-    frequency: Tensor,
-) -> None:
-    """In place, as `lorry.kernels.sampling.penalize`, and with the bits of the CPU's processors: nothing is fused."""
-    if len(logits) == 0 or (bias is None and counts is None):
-        return
-    penalize_kernel[len(logits),](
-        logits,
-        *((None, None, None) if bias is None else (bias.starts, bias.token_ids, bias.values)),
-        *((None, None, None) if counts is None else (counts.starts, counts.token_ids, counts.values)),
-        repetition, presence, frequency, logits.stride(0),
-        ENTRIES=ENTRIES, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip

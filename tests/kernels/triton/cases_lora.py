@@ -7,7 +7,8 @@ from functools import partial
 import torch
 
 from lorry.kernels.lora import SITES, AdapterPages, LoraTerm, Segments, Site, make_routes
-from lorry.kernels.triton.lora import fill_routes, lora_expand, lora_shrink
+from lorry.kernels.triton.lora import lora_expand, lora_shrink
+from lorry.kernels.triton.lora_routes import fill_routes
 from lorry.kernels.triton.rms_norm import rms_norm
 from lorry.kernels.triton.silu_mul import silu_mul
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from lorry.kernels.sampling import Draws, SamplingRows, TokenValues
-from lorry.kernels.triton.sampling import penalize, sample
+from lorry.kernels.triton.penalties import penalize
+from lorry.kernels.triton.sampling import sample
 
 ROWS, VOCABULARY = 64, 128256
 

@@ -22,6 +22,7 @@ from lorry.kernels.sampling import (
     uniforms,
     weights,
 )
+from lorry.kernels.triton import penalties
 from lorry.kernels.triton import sampling as gpu
 from lorry.server.decoding.interface import Row
 from lorry.server.decoding.philox import uniforms as cpu_uniforms
@@ -260,7 +261,7 @@ def test_penalties_have_the_references_bits(device: str, dtype: torch.dtype, whi
     logits[0, counts.token_ids[3].long()] = -torch.inf
     wanted = logits.clone()
     penalize_reference(wanted, *lists, *parameters)
-    gpu.penalize(logits, *lists, *parameters)
+    penalties.penalize(logits, *lists, *parameters)
     if device == "cpu" and dtype is torch.bfloat16:  # the interpreter cuts off the bits that a GPU rounds
         assert torch.allclose(logits.float(), wanted.float(), rtol=2.0**-7, atol=2.0**-4)
         return
@@ -284,7 +285,7 @@ def test_penalties_have_the_bits_of_the_cpus_processors(device: str) -> None:
     found = z.to(device)
     counts = values({token: float(output.count(token)) for token in held})
     numbers = [torch.tensor([value], device=device) for value in (1.7, 0.3, 0.7)]
-    gpu.penalize(found, values(bias), counts, *numbers)
+    penalties.penalize(found, values(bias), counts, *numbers)
     assert torch.equal(found.cpu(), wanted)
 
 
