@@ -81,7 +81,7 @@ def dense_linear(x: Tensor, weight: DenseLinear) -> Tensor:
     if x.shape[1] != weight.in_features:
         raise ValueError(f"x must be [M, {weight.in_features}], got {list(x.shape)}")
     if x.is_cuda and x.dtype is weight.dtype:  # cuBLAS accumulates in float32
-        return torch.nn.functional.linear(x, weight.weight, weight.bias)
+        return torch.nn.functional.linear(x, weight.weight, None if weight.bias is None else weight.bias.to(x.dtype))
     library = native.library()
     if library is None or not weight.native:
         return dense_linear_reference(x, weight.weight, weight.bias)

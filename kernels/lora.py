@@ -133,7 +133,8 @@ def make_routes(
 
 
 def fill_routes(routes: Routes, segments: Segments, pages: AdapterPages, rows: int) -> None:
-    """Fill `routes` on their device for a batch of `rows` rows; one launch, which a CUDA graph can capture.
+    """Fill `routes` on their device for a batch of `rows` rows; one launch, which a CUDA graph can capture where the
+    segments are on that device.
 
     To be repeated when the segments change or a page moves. Segments with padding, for a graph: `starts` goes on with
     the number of rows. Raises ValueError where the batch exceeds what the routes were made for.

@@ -33,7 +33,7 @@ TILE_ROWS = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@triton.jit(do_not_specialize=["linear", "rows", "slots", "max_position"])
+@triton.jit(do_not_specialize=["linear", "rows", "slots", "max_position", "capacity"])
 def qkv_finish_kernel(
     q, k, v, k_cache, v_cache, slot_mapping, positions, cos_sin, q_norm, k_norm, tiles, rows, slots, max_position, eps,
     q_row, q_head, k_row, k_head, v_row, v_head, k_block, v_block,
@@ -208,6 +208,8 @@ def _check(k: Tensor, width: int, inputs: list[Tensor], caches: list[Tensor]) ->
             raise ValueError(f"q, k and v must have one dtype, float32, bfloat16 or float16, not {x.dtype}")
         if x.stride(2) != 1 or width % 2:
             raise ValueError("heads must be contiguous and of even width")
+    if len({cache.dtype for cache in caches}) > 1:
+        raise ValueError(f"both caches must have one dtype, not {[cache.dtype for cache in caches]}")
     for cache in caches:
         if cache.dtype not in DTYPES:
             raise ValueError(f"caches must be float32, bfloat16 or float16, not {cache.dtype}")

@@ -41,6 +41,7 @@ from lorry.kernels.triton.lora_routes import fill_routes, page_list
 
 RANK = tl.constexpr(PAGE_RANK)
 WARPS, STAGES = 4, 3  # of the stand-alone shrink
+SLICES = tl.constexpr(4)  # of K, summed side by side where tiles have 16 rows; as many in kernels of more warps
 EXPAND_COLUMNS = 128
 
 
@@ -48,12 +49,12 @@ EXPAND_COLUMNS = 128
 def shrink_tile(
     program, x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
     LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, STEP: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+    TILE_ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial[split, rows of a tile, site, 16 p : 16 p + 16] = x[rows, k] @ A_p[:, k].T, k the split's columns.
 
     program: (site, page, split, tile) in one, the first the fastest, so that neighbours share x. linear: 7 layer +
-    index of the first site. WARPS: the kernel's; STAGES: steps of K under way.
+    index of the first site. STAGES: steps of K under way.
     """
     site, page = program % SITES, program // SITES % PAGES
     split = program // (SITES * PAGES) % SPLITS
@@ -70,11 +71,11 @@ def shrink_tile(
             first = split * width
             end = tl.minimum(first + width, in_features)
             if TILE_ROWS == 16:
-                k = tl.arange(0, WARPS)[:, None, None] * (STEP // WARPS) + tl.arange(0, STEP // WARPS)[None, None, :]
+                k = tl.arange(0, SLICES)[:, None, None] * (STEP // SLICES) + tl.arange(0, STEP // SLICES)[None, None, :]
                 row_mask = (local < count)[None, :, None]
                 x_row += local[None, :, None] * stride_x + k
                 a += ranks[None, :, None] * in_features + k
-                sums = tl.zeros((WARPS, TILE_ROWS, RANK), tl.float32)
+                sums = tl.zeros((SLICES, TILE_ROWS, RANK), tl.float32)
                 for at in tl.range(first, end, STEP, num_stages=STAGES):
                     inside = at + k < in_features
                     rows = tl.load(x_row + at, mask=row_mask & inside, other=0.0)
@@ -217,19 +218,19 @@ def _site(site, a, b, c):
     return tl.where(site == 0, a, tl.where(site == 1, b, c))
 
 
-@triton.jit(do_not_specialize=["linear"])
+@triton.jit(do_not_specialize=["linear", "capacity"])
 def lora_shrink_kernel(
     x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
     LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, STEP: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+    TILE_ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     shrink_tile(
         tl.program_id(0), x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
-        LINEARS, SITES, PAGES, SPLITS, TILE_ROWS, STEP, WARPS, STAGES,
+        LINEARS, SITES, PAGES, SPLITS, TILE_ROWS, STEP, STAGES,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["linear", "start_0", "start_1", "start_2", "size_0", "size_1", "size_2"])
+@triton.jit(do_not_specialize=["linear", "capacity", "start_0", "start_1", "start_2", "size_0", "size_1", "size_2"])
 def lora_expand_kernel(
     y, stride_y, tiles, start_0, start_1, start_2, size_0, size_1, size_2,
     arena, page_offsets, page_scales, partial, linear, capacity, in_features,
@@ -263,6 +264,10 @@ def lora_expand_kernel(
 def _arguments(term: LoraTerm) -> dict[str, Any]:
     routes = term.routes
     _, layers, sites, _ = routes.page_offsets.shape
+    splits = shrink_splits(term.in_features)
+    assert routes.capacity * splits * len(term.sites) * routes.pages * PAGE_RANK <= routes.partial.numel(), (
+        "these routes were not made for this product"
+    )
     return {
         "arena": term.pages.arena,
         "page_offsets": routes.page_offsets,
@@ -273,7 +278,7 @@ def _arguments(term: LoraTerm) -> dict[str, Any]:
         "LINEARS": layers * sites,
         "SITES": len(term.sites),
         "PAGES": routes.pages,
-        "SPLITS": shrink_splits(term.in_features),
+        "SPLITS": splits,
     }
 
 
@@ -285,13 +290,13 @@ def expand_arguments(term: LoraTerm | None) -> dict[str, Any]:
     return _arguments(term) | {"page_scales": term.routes.page_scales}
 
 
-def shrink_arguments(term: LoraTerm | None) -> dict[str, Any]:
-    """What a kernel that calls `shrink_tile` takes besides; None: no LoRA, PAGES is 0."""
+def shrink_arguments(term: LoraTerm | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What a kernel that calls `shrink_tile` takes besides, for x of `dtype`; None: no LoRA, PAGES is 0."""
     if term is None:
         names = ("tiles", "arena", "page_offsets", "partial", "linear", "capacity", "in_features")
         return dict.fromkeys(names) | dict.fromkeys(("LINEARS", "SITES", "PAGES", "SPLITS", "TILE_ROWS", "STEP"), 0)
     routes = term.routes
-    step = _step(routes.tile_rows, term.pages.arena.dtype)
+    step = _step(routes.tile_rows, dtype if dtype is term.pages.arena.dtype else torch.float32)
     return _arguments(term) | {"tiles": routes.tiles, "TILE_ROWS": routes.tile_rows, "STEP": step}
 
 
@@ -312,20 +317,21 @@ def shrink_programs(term: LoraTerm | None) -> int:
 
 def lora_shrink(x: Tensor, term: LoraTerm) -> None:
     """Write the workspace of `term.routes`; x [M, K], contiguous rows, any stride between them."""
-    if x.shape[0] == 0:
+    if x.stride(1) != 1:
+        raise ValueError(f"x must have contiguous rows, got strides {x.stride()}")
+    if x.shape[0] == 0 or term.routes.pages == 0:
         return
-    arguments = shrink_arguments(term)
-    if x.dtype is not term.pages.arena.dtype:
-        arguments["STEP"] = _step(term.routes.tile_rows, torch.float32)
     lora_shrink_kernel[(shrink_programs(term),)](
-        x, x.stride(0), **arguments, WARPS=WARPS, STAGES=STAGES,
+        x, x.stride(0), **shrink_arguments(term, x.dtype), STAGES=STAGES,
         num_warps=WARPS, num_stages=STAGES, **FUSION,
     )  # fmt: skip
 
 
 def lora_expand(y: Tensor, term: LoraTerm) -> None:
     """y[rows, site] += what the workspace of `term.routes` makes with B; y [M, sum of N], contiguous rows."""
-    if y.shape[0] == 0:
+    if y.stride(1) != 1:
+        raise ValueError(f"y must have contiguous rows, got strides {y.stride()}")
+    if y.shape[0] == 0 or term.routes.pages == 0:
         return
     routes, sites = term.routes, term.sites
     starts, sizes = ([*values, 0, 0][:3] for values in ([s.start for s in sites], [s.size for s in sites]))

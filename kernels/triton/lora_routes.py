@@ -23,7 +23,7 @@ def page_list(segment, linear, LINEARS: tl.constexpr, PAGES: tl.constexpr):
     return (segment.to(tl.int64) * LINEARS + linear) * (PAGES + 1)
 
 
-@triton.jit(do_not_specialize=["segments", "rows"])
+@triton.jit(do_not_specialize=["segments", "rows", "capacity", "tile_count"])
 def fill_routes_kernel(
     tiles, row_segment, page_offsets, page_scales, starts, slots, weights, offsets, scaling,
     segments, rows, capacity, tile_count,

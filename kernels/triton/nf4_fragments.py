@@ -47,8 +47,8 @@ class Fragments:
         self.out_features, self.in_features = sum(self.sizes), parts[0].shape[1]
         self.blocks = self.in_features // BLOCK
         self.lane_columns = lane_columns
-        self.bias = None if bias is None else bias.float().contiguous()
         self.units = torch.cat([_to_units(part, lane_columns) for part in parts])  # uint8 [N/16, K/64, 512]
+        self.bias = None if bias is None else bias.float().contiguous().to(self.units.device)
         self.absmax = torch.cat([part.absmax.view(-1, self.blocks) for part in parts]).T.contiguous()  # [K/64, N]
         self.nested_shift = parts[0].nested_blocksize.bit_length() - 1 if parts[0].double_quantized else -1
         self.row_in_group = self.nested_shift < 0 or (1 << self.nested_shift) % self.blocks == 0
@@ -60,7 +60,7 @@ class Fragments:
             self.nested_absmax = torch.cat(scales)
             self.nested_code = torch.cat([part.nested_code for part in parts if part.nested_code is not None])
         self.offsets = torch.tensor([part.nested_offset or 0.0 for part in parts], device=device)
-        self.codes = parts[0].code.float()
+        self.codes = parts[0].code.float().to(device)
         self.tables = {dtype: code_tables(self.codes, dtype) for dtype in (torch.bfloat16, torch.float16)}
         starts, ends = _starts(self.sizes), _starts(self.sizes)[1:]
         table = [*zip(starts, ends, _starts(groups), strict=False)]
@@ -116,7 +116,7 @@ def fits(parts: Sequence[NF4Weight]) -> bool:
         and part.double_quantized == first.double_quantized
         and part.nested_blocksize == first.nested_blocksize
         and part.nested_blocksize.bit_count() == 1
-        and torch.equal(part.code, first.code)
+        and torch.equal(part.code.to(first.code.device), first.code)
         for part in parts
     )
 

@@ -6,7 +6,8 @@ W lies as `nf4_fragments` says: a tile is decoded in the registers from which th
 bits of four nibbles at a time, a second one with their fourth bits: two permutations for each weight, 2.6 integer
 operations in all (`_DECODE`).
 
-**Plans**, by M, the rows of x; within one plan a row has the same bits whatever the other rows are:
+**Plans**, by M, the rows of x. In skinny and mid a row has the same bits whatever the other rows are, in prefill
+whatever cuBLAS gives it for this M:
 
 - skinny, M to 64: K is split over programs, the last to arrive sums the parts in their order. Rounded to x's dtype: the
   16 codes. absmax multiplies in float32 what was summed over its 64 columns.
@@ -30,7 +31,7 @@ from torch import Tensor
 from lorry.kernels.lora import LoraTerm
 from lorry.kernels.triton.common import FUSION, INTERPRET, dot, rounded
 from lorry.kernels.triton.lora import lora_shrink, shrink_arguments, shrink_programs, shrink_tile
-from lorry.kernels.triton.nf4_fragments import UNITS, Fragments
+from lorry.kernels.triton.nf4_fragments import COUNTERS, UNITS, Fragments
 
 STAGES = 3  # iterations whose loads are under way
 SKINNY_ROWS, MID_ROWS = 64, 512  # most rows of x of these plans
@@ -133,7 +134,7 @@ def _absmax(absmax, nested_code, nested, offset, mask, NESTED_SHIFT: tl.constexp
     return value
 
 
-@triton.jit(do_not_specialize=["M", "shrinks", "linear"])
+@triton.jit(do_not_specialize=["M", "shrinks", "linear", "capacity"])
 def nf4_linear_kernel(
     y, x, units, absmax, nested_absmax, nested_code, tables, w_tiles, parts, offsets, bias, split_sums, arrived,
     M, N, blocks, blocks_per_split, stride_x, stride_y,
@@ -141,7 +142,7 @@ def nf4_linear_kernel(
     LANE_COLUMNS: tl.constexpr, NESTED_SHIFT: tl.constexpr, ROW_IN_GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
     shrinks, tiles, arena, page_offsets, partial, linear, capacity, in_features,
     LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, STEP: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+    TILE_ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The first `shrinks` programs are those of `lora.shrink_tile` for the same x, the others those of `_product`."""
     program = tl.program_id(0)
@@ -149,7 +150,7 @@ def nf4_linear_kernel(
         if program < shrinks:
             shrink_tile(
                 program, x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
-                LINEARS, SITES, PAGES, SPLITS, TILE_ROWS, STEP, WARPS, STAGES,
+                LINEARS, SITES, PAGES, SPLITS, TILE_ROWS, STEP, STAGES,
             )  # fmt: skip
         else:
             _product(
@@ -240,7 +241,7 @@ def _finish(y, total, bias, n, n_mask, m, out_mask, stride_y, HAS_BIAS: tl.const
     tl.store(y + m.to(tl.int64)[None, :] * stride_y + n[:, None], rounded(total, y.dtype.element_ty), mask=out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "first_row"])
 def dequantize_kernel(
     out, units, absmax, nested_absmax, nested_code, codes, tiles, parts, offsets, first_tile, first_row,
     N, blocks, UNITS: tl.constexpr, LANE_COLUMNS: tl.constexpr, NESTED_SHIFT: tl.constexpr,
@@ -292,20 +293,27 @@ def plan(rows: int, weight: Fragments) -> Plan:
 def nf4_linear(x: Tensor, weight: Fragments, out: Tensor | None = None, shrink: LoraTerm | None = None) -> Tensor:
     """y = x @ W.T (+ bias); x [M, K] bfloat16 or float16, contiguous rows; out [M, N] of x's dtype or None.
 
-    shrink: the LoRA term of the same x, whose first half is computed too, in the same launch but in the prefill plan.
+    shrink: the LoRA term of the same x, whose first half is computed too, in the skinny plan in the same launch.
+    Raises ValueError for other dtypes and strides.
     """
     rows = x.shape[0]
+    if x.stride(1) != 1 or x.dtype not in weight.tables:
+        raise ValueError(f"x must be bfloat16 or float16 with contiguous rows, got {x.dtype} with strides {x.stride()}")
     y = torch.empty(rows, weight.out_features, dtype=x.dtype, device=x.device) if out is None else out
+    if y.shape != (rows, weight.out_features) or y.stride(1) != 1 or y.dtype is not x.dtype:
+        raise ValueError(f"out must be {x.dtype} [{rows}, {weight.out_features}] with contiguous rows")
     if rows == 0:
         return y
     how = plan(rows, weight)
+    if shrink is not None and how.name != "skinny":  # larger tiles of x leave no registers for both
+        lora_shrink(x, shrink)
+        shrink = None
     if how.name == "prefill":
-        if shrink is not None:
-            lora_shrink(x, shrink)
         return _prefill(y, x, weight)
     split_sums = y
     if how.splits > 1:
         split_sums = torch.empty(how.splits, rows, weight.out_features, dtype=torch.float32, device=x.device)
+    assert triton.cdiv(rows, how.rows) <= COUNTERS
     products, shrinks = triton.cdiv(rows, how.rows) * len(weight.tiles) * how.splits, shrink_programs(shrink)
     nf4_linear_kernel[(shrinks + products,)](
         y, x, weight.units, weight.absmax, weight.nested_absmax, weight.nested_code, weight.tables[x.dtype],
@@ -313,7 +321,7 @@ def nf4_linear(x: Tensor, weight: Fragments, out: Tensor | None = None, shrink: 
         rows, weight.out_features, weight.blocks, triton.cdiv(weight.blocks, how.splits), x.stride(0), y.stride(0),
         UNITS=UNITS, ROWS=how.rows, UNROLL=how.unroll, SPLITS_OF_K=how.splits,
         LANE_COLUMNS=weight.lane_columns, NESTED_SHIFT=weight.nested_shift, ROW_IN_GROUP=weight.row_in_group,
-        HAS_BIAS=weight.bias is not None, shrinks=shrinks, **shrink_arguments(shrink), WARPS=how.warps, STAGES=STAGES,
+        HAS_BIAS=weight.bias is not None, shrinks=shrinks, **shrink_arguments(shrink, x.dtype), STAGES=STAGES,
         num_warps=how.warps, num_stages=STAGES, **FUSION,
     )  # fmt: skip
     return y
@@ -345,5 +353,5 @@ def _dequantize(out: Tensor, weight: Fragments, first_tile: int, count: int, fir
         weight.tiles, weight.table, weight.offsets, first_tile, first_row,
         weight.out_features, weight.blocks,
         UNITS=UNITS, LANE_COLUMNS=weight.lane_columns, NESTED_SHIFT=weight.nested_shift,
-        num_warps=4, **FUSION,
+        num_warps=4, enable_fp_fusion=False,  # as the reference: multiply by nested absmax, then add the offset
     )  # fmt: skip

@@ -29,7 +29,7 @@ PROGRAM_ELEMENTS = 1024  # of short rows that share a program
 HELD_ELEMENTS = 1 << 15  # of B that a program holds in registers at a time: 64 a thread of 512
 
 
-@triton.jit(do_not_specialize=["linear"])
+@triton.jit(do_not_specialize=["linear", "rows", "capacity"])
 def rms_norm_kernel(
     y, x, weight, residual, row_segment, rows, inner, stride_outer, stride_inner, stride_residual, eps,
     arena, page_offsets, page_scales, partial, linear, capacity, in_features,
@@ -73,6 +73,8 @@ def rms_norm(
     x: [M, D] or [M, heads, D], the last dimension contiguous; of more dimensions, contiguous. residual: of x's shape
     and dtype, contiguous but for the stride of its rows. lora: one site, whose shrink is done, for x [M, D].
     """
+    if x.stride(-1) != 1 or not weight.is_contiguous() or (residual is not None and residual.stride(-1) != 1):
+        raise ValueError("the last dimension of x, weight and residual must be contiguous")
     if x.dim() == 3:
         outer, inner, width = x.shape
         stride_outer, stride_inner, _ = x.stride()

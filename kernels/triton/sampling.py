@@ -314,7 +314,8 @@ def draw_kernel(
 
     token = tl.cast(_NONE, tl.int32)
     if temperature == 0:
-        token = _first_largest(logits, tl.min(tl.where(tile_max == top, tile, _NONE)), top, V, TILE)
+        first = tl.minimum(tl.min(tl.where(tile_max == top, tile, _NONE)), tiles - 1)  # NaN equals nothing
+        token = _first_largest(logits, first, top, V, TILE)
     else:
         tile_sum = tl.load(sums + row * tiles + tile, mask=tile < tiles, other=0.0) * _weight(tile_max, top, scale)
         cumulative = tl.cumsum(tile_sum.to(tl.float64), 0)

@@ -24,7 +24,7 @@ TILE_ELEMENTS = 1024  # of a program: 8 a thread
 LORA_TILE_ELEMENTS = 2048  # of a program with a LoRA term: 128 columns of 16 rows
 
 
-@triton.jit(do_not_specialize=["linear"])
+@triton.jit(do_not_specialize=["linear", "rows", "capacity"])
 def silu_mul_kernel(
     y, gate_up, tiles, rows, width, stride, arena, page_offsets, page_scales, partial, linear, capacity, in_features,
     LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
@@ -65,6 +65,8 @@ def silu_mul_kernel(
 
 def silu_mul(gate_up: Tensor, lora: LoraTerm | None = None) -> Tensor:
     """silu(gate) * up; gate_up [M, 2I], contiguous rows of any stride → [M, I]; lora: (gate, up), shrink done."""
+    if gate_up.stride(1) != 1:
+        raise ValueError(f"gate_up must have contiguous rows, got strides {gate_up.stride()}")
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     if rows == 0:

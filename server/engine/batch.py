@@ -98,6 +98,7 @@ def build_batch(pieces: Sequence[Piece], copies: Sequence[Copy], build_segments:
         block_tables=torch.from_numpy(block_tables),
         segments=build_segments(runs) if any(combo for _, combo in runs) else None,
         logits_rows=torch.from_numpy(np.concatenate(rows) if len(rows) > 1 else rows[0]),
+        max_query_len=int(lengths.max()),
     )
     return Batch(inputs, tuple(copies), tuple(pieces), tuple(pieces[s] for s in deciding), tuple(scored))
 

@@ -214,6 +214,7 @@ class Decoder:
             inputs.kv_lens,
             self._scale,
             layer.sliding_window,
+            max_query_len=inputs.max_query_len,
         ).view(tokens, self._q_size)
 
         attended = layer.o.project(mixed)

@@ -25,3 +25,4 @@ class ModelInputs:
     block_tables: Tensor  # int32 [S, max_blocks]
     segments: Segments | None  # None: no token of the batch has an adapter
     logits_rows: Tensor  # int64 [R], indices into T
+    max_query_len: int | None = None  # most tokens of a sequence in this step, where known: kernels are chosen by it

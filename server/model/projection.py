@@ -84,4 +84,7 @@ def _joined(weights: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
 def _fused_bias(group: Sequence[tuple[LinearWeight, Tensor | None]]) -> Tensor | None:
     if all(bias is None for _, bias in group):
         return None
-    return torch.cat([torch.zeros(weight.shape[0]) if bias is None else bias.float() for weight, bias in group])
+    device = next(bias.device for _, bias in group if bias is not None)
+    return torch.cat(
+        [torch.zeros(weight.shape[0], device=device) if bias is None else bias.float() for weight, bias in group]
+    )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from lorry.kernels.lora import SITES, AdapterPages, LoraTerm, Site, make_routes
 from lorry.kernels.nf4 import NF4Weight
 from lorry.kernels.triton.nf4_fragments import Fragments
 from lorry.kernels.triton.nf4_linear import dequantize, nf4_linear
@@ -31,6 +32,24 @@ def case(sizes: list[int], columns: int, rows: int, lane_columns: int) -> Callab
     return launch
 
 
+def with_shrink(rows: int, lane_columns: int) -> Callable[[], object]:
+    """q, k and v with a page of an adapter for each."""
+    columns, sizes = 1024, [512, 128, 128]
+
+    def launch() -> object:
+        layers = (4, 32, len(SITES))
+        pages = AdapterPages(
+            torch.empty(1 << 20, dtype=torch.bfloat16), torch.empty(*layers, 2, dtype=torch.int64), torch.empty(layers)
+        )
+        routes = make_routes(rows, 4, 2, pages, [(columns, 3)])
+        sites = tuple(Site(index, sum(sizes[:index]), size) for index, size in enumerate(sizes))
+        fragments = Fragments([empty(size, columns) for size in sizes], None, lane_columns=lane_columns)
+        x = torch.empty(rows, columns, dtype=torch.bfloat16)
+        return nf4_linear(x, fragments, shrink=LoraTerm(routes, pages, 0, sites, columns))
+
+    return launch
+
+
 def dequantized() -> object:
     return dequantize(Fragments([empty(256, 1024)], None), torch.bfloat16)
 
@@ -38,6 +57,7 @@ def dequantized() -> object:
 GATE_UP, DOWN = ([14336, 14336], 128), ([128], 14336)  # few columns or rows: the tiles are the same, the memory is not
 CASES: dict[str, Callable[[], object]] = {
     "dequantize": dequantized,
+    **{f"shrink M={rows} lanes={lanes}": with_shrink(rows, lanes) for lanes in (2, 4) for rows in (16, 64)},
     **{
         f"{name} M={rows} lanes={lanes}": case(sizes, columns, rows, lanes)
         for lanes in (2, 4)

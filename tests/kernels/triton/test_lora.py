@@ -282,7 +282,7 @@ def test_rms_norm_finishes_the_sum(dtype: torch.dtype, mix: str, device: str, re
         assert relative_rms(rms_norm(out, weight, 1e-5, None, term), rms_norm_reference(sum_, weight, 1e-5)) < 1e-6
     else:  # float32 sums may round to the other neighbour
         assert (updated != expected).float().mean() < 0.01
-        assert torch.equal(y, rms_norm_reference(updated, weight, 1e-5))
+        assert (y != rms_norm_reference(updated, weight, 1e-5)).float().mean() < 1e-3
     assert torch.equal(out, before)
     if len(rows) > 4:
         alone = segments_of(rows[4:5], device)

@@ -23,7 +23,7 @@ from lorry.kernels.lora import (
 from lorry.kernels.nf4 import NF4Weight
 from lorry.kernels.triton import nf4_fragments as layout
 from lorry.kernels.triton import nf4_linear as gpu
-from lorry.kernels.triton.lora import lora_expand
+from lorry.kernels.triton.lora import lora_expand, lora_shrink
 from lorry.kernels.triton.nf4_fragments import Fragments
 
 SIZES = {"one": [144], "fused": [208, 48, 16], "large": [272, 160]}
@@ -149,7 +149,7 @@ def test_prefill(device: str, relative_rms: Callable[..., float], monkeypatch: p
     assert relative_rms(gpu.nf4_linear(x, fragments), x.double() @ weight.T + bias.double()) < 2**-10
 
 
-@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("rows", [5, 40, 70])
 def test_lora_shrink_rides_along(
     rows: int, device: str, relative_rms: Callable[..., float], poison: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +180,9 @@ def test_lora_shrink_rides_along(
         routes.partial.fill_(torch.nan)
         y = gpu.nf4_linear(x, fragments, shrink=term)
         assert most == 1 or torch.equal(y, alone)
+        fused = routes.partial.clone()
+        lora_shrink(x, term)
+        assert torch.equal(fused.nan_to_num(), routes.partial.nan_to_num())
         lora_expand(y, term)
         assert relative_rms(y, expected_y) < 2**-10
 
@@ -208,11 +211,22 @@ def test_a_row_has_the_same_bits_in_every_batch() -> None:
     parts = weights([2048], 4096, "cuda")
     fragments = Fragments(parts, None)
     x = torch.randn(1024, 4096, device="cuda").bfloat16()
-    for group in ((1, 2, 15, 16, 33, 64), (65, 100, 512), (513, 700, 1024)):
+    for group in ((1, 2, 15, 16, 33, 64), (65, 100, 512)):
         first = gpu.nf4_linear(x[: group[0]], fragments)
         for rows in group:
             for _ in range(100 if rows < 64 else 5):
                 assert torch.equal(gpu.nf4_linear(x[:rows], fragments)[: group[0]], first)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_assembly_of_the_others(architecture: int, assembled: Callable[..., list[Any]]) -> None:
+    (kernel,) = assembled("dequantize", architecture)
+    assert kernel.spills == kernel.count("FFMA") == 0  # fused, absmax would have other bits than the checkpoint's
+    lanes = 2 if architecture >= 90 else 4
+    for case in ("gate_up M=512", "shrink M=16", "shrink M=64"):
+        (kernel,) = assembled(f"{case} lanes={lanes}", architecture)
+        assert kernel.spills <= (8 if case == "shrink M=64" and architecture == 80 else 0)
+        assert kernel.count("LDL", "loop") == kernel.count("STL", "loop") == 0
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
