@@ -1,10 +1,19 @@
-"""Fixtures that several rooms share."""
+"""Fixtures that several rooms share.
+
+Triton decides when it is first imported, which bitsandbytes does too, whether its kernels run in the interpreter; so
+that is settled here, before any test module is imported.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,4 @@
-"""Where the Triton kernels run in these tests: on a GPU if there is one, else in Triton's interpreter.
-
-Triton decides when it is first imported, so the choice is made here, before a test module imports it.
-"""
+"""Where the Triton kernels run in these tests: on a GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -17,12 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 HERE = Path(__file__).parent
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
