@@ -166,9 +166,8 @@ def test_n_sequences_share_a_prompt(stub: Any) -> None:
 
 def test_filters_leave_the_most_likely_token(stub: Any) -> None:
     greedy = generate(stub).completions[0].token_ids
-    for one in ("top_k: 1", "top_p: 0.000001", "min_p: 1", "temperature: 0.001"):
-        temperature = "" if "temperature" in one else "temperature: 1"
-        assert generate(stub, f"sampling {{ {temperature} {one} }}").completions[0].token_ids == greedy
+    for one in ("top_k: 1", "top_p: 0.000001", "min_p: 1"):
+        assert generate(stub, f"sampling {{ temperature: 1 {one} }}").completions[0].token_ids == greedy
 
 
 def test_logit_bias_and_penalties(stub: Any) -> None:
