@@ -322,7 +322,7 @@ def test_cancel_while_waiting_for_a_place(stub: Any, control: Any) -> None:
 
 
 def test_deadlines(stub: Any) -> None:
-    for timeout, text in ((0.25, LONG), (0.001, "")):
+    for timeout, text in ((0.05, LONG), (0.001, "")):
         with pytest.raises(grpc.RpcError) as caught:
             list(stream(stub, text, timeout=timeout))
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
