@@ -14,7 +14,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from lorry.kernels import native
+from lorry.kernels import dispatch, native
 from lorry.kernels.lora import LoraTerm
 from lorry.kernels.rms_norm import rms_norm, rms_norm_reference
 from lorry.kernels.rope import rope, rope_reference
@@ -73,7 +73,7 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     KV dtype, to which values are rounded; slot_mapping: int64 [T], block * B + offset, or -1 to skip the row.
     Two rows of one call must not share a slot. Raises IndexError for a slot outside the caches; a GPU skips its row.
     """
-    if k.is_cuda:
+    if dispatch.on_gpu(k):
         from lorry.kernels.triton import kv_store as gpu
 
         gpu.kv_store(k, v, k_cache, v_cache, slot_mapping)
@@ -148,7 +148,7 @@ def qkv_finish(
     added, their shrink done. Returns q, a view [T, Hq, D] of qkv. Raises IndexError for a position outside cos_sin and
     for a slot outside the caches; a GPU writes zeros and skips the row.
     """
-    if qkv.is_cuda:
+    if dispatch.on_gpu(qkv):
         from lorry.kernels.triton import kv_store as gpu
 
         return gpu.qkv_finish(

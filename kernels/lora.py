@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lorry.kernels import native
+from lorry.kernels import dispatch, native
 
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PAGE_RANK = 16
@@ -192,7 +192,7 @@ def lora_add(
     routes: on a GPU, what `fill_routes` made of these segments and pages; None: it is done here. Page offsets must be
     multiples of 8 there. A CPU does not use them.
     """
-    if y.is_cuda:
+    if dispatch.on_gpu(y):
         from lorry.kernels.triton import lora as gpu
 
         gpu.lora_add(y, x, pages, layer, sites, segments, routes)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lorry.kernels import native, nf4
+from lorry.kernels import dispatch, native, nf4
 from lorry.kernels.lora import LoraTerm
 from lorry.kernels.nf4 import NF4Weight
 
@@ -114,7 +114,7 @@ def _fits(part: NF4Weight) -> bool:
 
 
 def _fragments(parts: Sequence[NF4Weight], bias: Tensor | None) -> Fragments | None:
-    if not parts[0].packed.is_cuda:
+    if not dispatch.on_gpu(parts[0].packed):
         return None
     from lorry.kernels.triton.nf4_fragments import Fragments, fits
 

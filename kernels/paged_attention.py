@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorry.kernels import native
+from lorry.kernels import dispatch, native
 from lorry.kernels.kv_store import fits_kernels
 
 BLOCK_SIZE = 16  # what the CPU kernel serves; see csrc/attention.c for the limits below
@@ -82,7 +82,7 @@ def paged_attention(
     sequences of few rows or that for sequences of many. Rows of no sequence are undefined there, and what its kernels
     do not serve raises ValueError.
     """
-    if q.is_cuda:
+    if dispatch.on_gpu(q):
         from lorry.kernels.triton import paged_attention as gpu
 
         return gpu.paged_attention(

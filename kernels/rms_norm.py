@@ -14,7 +14,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from lorry.kernels import native
+from lorry.kernels import dispatch, native
 from lorry.kernels.lora import LoraTerm
 
 
@@ -46,7 +46,7 @@ def rms_norm(
     Returns y, contiguous in x's dtype; with a residual the pair (y, residual). float32 on a CPU takes the native
     kernel where x has at most three dimensions, or any number of contiguous ones.
     """
-    if x.is_cuda:
+    if dispatch.on_gpu(x):
         from lorry.kernels.triton import rms_norm as gpu
 
         normed = gpu.rms_norm(x, weight, eps, residual, lora)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorry.kernels import native
+from lorry.kernels import dispatch, native
 
 
 def rope_reference(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
     [:, D/2:]. q and k may be strided views of one fused qkv output; only their last dimension must be contiguous.
     Raises IndexError for a position outside cos_sin; on a GPU its row becomes zeros.
     """
-    if q.is_cuda:
+    if dispatch.on_gpu(q):
         from lorry.kernels.triton import kv_store as gpu
 
         gpu.rope(q, k, positions, cos_sin)

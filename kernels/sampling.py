@@ -26,6 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorry.kernels import dispatch
+
 SORTED = 2048  # rows that keep fewer tokens are drawn from in the order of falling z
 TINY = 1e-30  # least temperature above 0
 
@@ -150,7 +152,7 @@ def sample(
     Returns (token ids int64 [R], log softmax(raw)[token] float32 [R]). Nothing waits for the device.
     """
     _check(logits, rows)
-    if logits.is_cuda:
+    if dispatch.on_gpu(logits):
         from lorry.kernels.triton import sampling as gpu
 
         return gpu.sample(logits, rows, draws, raw)
@@ -193,7 +195,7 @@ def penalize(
     counts: every token of the prompt and the output once, its value how often the output holds it
     repetition (1: off), presence, frequency (0: off): float32 [R]; rows without entries stay as they are
     """
-    if logits.is_cuda:
+    if dispatch.on_gpu(logits):
         from lorry.kernels.triton import penalties as gpu
 
         gpu.penalize(logits, bias, counts, repetition, presence, frequency)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorry.kernels import native
+from lorry.kernels import dispatch, native
 from lorry.kernels.lora import LoraTerm
 
 
@@ -23,7 +23,7 @@ def silu_mul(gate_up: Tensor, lora: LoraTerm | None = None) -> Tensor:
 
     lora: on a GPU, the LoRA sums of (gate, up) that are still to be added, their shrink done; gate_up itself stays.
     """
-    if gate_up.is_cuda:
+    if dispatch.on_gpu(gate_up):
         from lorry.kernels.triton import silu_mul as gpu
 
         return gpu.silu_mul(gate_up, lora)

@@ -17,6 +17,8 @@ MIB = 1 << 20
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+KVDtypeChoice = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
+LoadFormat = Literal["auto", "dummy"]
 LogFormat = Literal["lines", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -29,17 +31,23 @@ class EngineConfig:
     """The default's name, a model folder, a .gguf file, or a hub id where a hub is reachable."""
     device: str = "auto"
     """Where the model computes: "auto", "cpu" or "cuda"."""
+    load_format: LoadFormat = "auto"
+    """auto: what the model's files hold; dummy: random NF4 weights of the shape in its config.json, to measure speed
+    with nothing to download."""
     dtype: DtypeChoice = "auto"
     """Type of the activations; auto: bfloat16 on CUDA, on the CPU float32, rounded to 16-bit integers where they meet
     NF4 weights; float32, said by name, is not rounded."""
-    kv_dtype: DtypeChoice = "auto"
-    """Type of the key and value cache; auto: bfloat16."""
+    kv_dtype: KVDtypeChoice = "auto"
+    """Type of the key and value cache; auto: bfloat16; fp8: e4m3, twice the tokens in the same memory, less exact."""
     adapter_dtype: DtypeChoice = "auto"
     """Type of the adapters' rank pages; auto: bfloat16."""
     kv_memory: int | None = None
-    """Bytes for the key and value cache; None: a share of what is free."""
-    adapter_memory: int = 256 * MIB
-    """Bytes for the adapters' rank pages."""
+    """Bytes for the key and value cache; None: on a GPU what is left of its share, on a CPU three tenths of what is
+    free."""
+    adapter_memory: int | None = None
+    """Bytes for the adapters' rank pages; None: 2 GiB on a GPU, 256 MiB on a CPU."""
+    gpu_memory_fraction: float = 0.9
+    """Share of the GPU's memory that weights, adapters, activations and the key and value cache take together."""
     adapters_dir: str | None = None
     """Folder whose sub-folders are adapters under their own names; None: none are registered at start."""
     adapter_roots: tuple[str, ...] = ()
@@ -48,10 +56,12 @@ class EngineConfig:
     """Most sequences in one batch."""
     max_waiting: int = 1024
     """Most requests that may wait for their first token; the frontend refuses one more."""
-    token_budget: int = 256
-    """Most tokens of one step, prompts' chunks and decoded tokens together."""
+    token_budget: int | None = None
+    """Most tokens of one step, prompts' chunks and decoded tokens together; None: 2048 on a GPU, 256 on a CPU."""
     context_length: int | None = None
     """Most tokens of prompt and answer together; None: what the model was trained for."""
+    cuda_graphs: bool = True
+    """Replay recorded launches when only decoding on a GPU; off: launch each kernel, to debug."""
     threads: int | None = None
     """Threads that compute on the CPU; None: one for each physical core."""
     seed: int = 0

@@ -20,6 +20,7 @@ from lorry.server.config import EngineConfig, ServerConfig
 _SIZES = {"kv_memory", "adapter_memory", "max_message_bytes"}
 _NAMES = {"adapters_dir": "--adapters", "adapter_roots": "--adapter-root"}
 _LEAST = {"port": 0, "metrics_port": 0, "drain_timeout": 0, "seed": 0, "restart_backoff": 0, "restart_backoff_max": 0}
+_SHARES = {"gpu_memory_fraction"}
 _METAVARS = {"adapters_dir": "DIR", "adapter_roots": "DIR"}
 
 
@@ -43,8 +44,10 @@ def _parameter(field: dataclasses.Field[Any], kind: Any, sentence: str) -> inspe
     sentence = sentence.replace("None:", "unset:").replace("`adapters_dir`", "--adapters")
     extra: dict[str, Any] = {"help": sentence, "metavar": _METAVARS.get(field.name)}
     if kind in (int, float, int | None):
-        extra["min"] = _LEAST.get(field.name, 1)
-        extra["max"] = 65535 if field.name in ("port", "metrics_port") else None
+        extra["min"] = 0 if field.name in _SHARES else _LEAST.get(field.name, 1)
+        extra["max"] = 1 if field.name in _SHARES else 65535 if field.name in ("port", "metrics_port") else None
+    elif kind is bool and default:
+        name += "/" + name.replace("--", "--no-", 1)
     if field.name in _SIZES:
         extra = {"help": sentence, "parser": values.size, "metavar": "SIZE"}
         kind = int | None if default is None else int

@@ -18,7 +18,7 @@ from lorry.server.cache.block_table import BlockTable
 from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator
 from lorry.server.cache.kv_cache import KVCache, block_bytes, choose_num_blocks
 from lorry.server.cache.prefix import PrefixIndex
-from lorry.server.config import EngineConfig
+from lorry.server.config import GIB, MIB, EngineConfig
 from lorry.server.decoding.sampling import Sampling
 from lorry.server.engine.adapters import AdapterDesk
 from lorry.server.engine.batch import build_batch
@@ -46,6 +46,10 @@ class Types:
     kv_dtype: torch.dtype
     adapter_dtype: torch.dtype
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
     @classmethod
     def choose(cls, config: EngineConfig) -> Types:
         """Resolve every "auto": CUDA where there is one; on the CPU activations in float32 with products of 16-bit
@@ -72,14 +76,24 @@ class Types:
 
 
 def _dtype(name: str, auto: torch.dtype) -> torch.dtype:
-    named = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return named[name]
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.float8_e4m3fn}
+    return auto if name == "auto" else named[name]
+
+
+def adapter_memory(config: EngineConfig, types: Types) -> int:
+    """Bytes for rank pages."""
+    return config.adapter_memory or (2 * GIB if types.on_gpu else 256 * MIB)
+
+
+def token_budget(config: EngineConfig, types: Types) -> int:
+    """Tokens of a step."""
+    return config.token_budget or (2048 if types.on_gpu else 256)
 
 
 def build_engine(config: EngineConfig, types: Types, decoder: Decoder, channel: Channel) -> Engine:
     """Allocate the adapters' pages, then the KV cache from what is left, and put the parts together."""
     model = decoder.config
-    pool = PagePool(decoder.layout, config.adapter_memory, types.adapter_dtype, types.device)
+    pool = PagePool(decoder.layout, adapter_memory(config, types), types.adapter_dtype, types.device)
     roots = tuple(Path(root) for root in config.adapter_roots)
     folder = None if config.adapters_dir is None else Path(config.adapters_dir)
     desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool))
@@ -96,7 +110,7 @@ def build_engine(config: EngineConfig, types: Types, decoder: Decoder, channel: 
     if context_length < model.context_length:
         log.warning("the KV cache holds %d tokens, less than the context of %d", context_length, model.context_length)
     allocator = BlockAllocator(num_blocks)
-    limits = Limits(config.max_running, config.token_budget, context_length)
+    limits = Limits(config.max_running, token_budget(config, types), context_length)
     scheduler = Scheduler(limits, allocator, PrefixIndex(allocator), desk)
     runner = Runner(decoder, kv, pool.pages)
     return Engine(channel, scheduler, runner, Sampling(), desk, model.eos_token_ids, debug_checks=config.debug_checks)
