@@ -43,11 +43,13 @@ class Segments:
 
     starts: int32 [S + 1], half-open row ranges over the flat batch, empty segments are legal.
     slots: int32 [S, J], -1: none; J is the most adapters of any combo in this batch. weights: float32 [S, J].
+    page_bound: as in `make_routes`; 0: what the tables could hold.
     """
 
     starts: Tensor
     slots: Tensor
     weights: Tensor
+    page_bound: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,13 @@ def fill_routes(routes: Routes, segments: Segments, pages: AdapterPages, rows: i
     from lorry.kernels.triton import lora_routes as gpu
 
     gpu.fill_routes(routes, segments, pages, rows)
+
+
+def lora_shrink(x: Tensor, term: LoraTerm) -> None:
+    """The first half of a term as a launch of its own, for a product of x [M, K] that cannot do it on the side."""
+    from lorry.kernels.triton import lora as gpu
+
+    gpu.lora_shrink(x, term)
 
 
 def shrink_splits(in_features: int) -> int:

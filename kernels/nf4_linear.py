@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels import dispatch, native, nf4
-from lorry.kernels.lora import LoraTerm
+from lorry.kernels.lora import LoraTerm, lora_shrink
 from lorry.kernels.nf4 import NF4Weight
 
 if TYPE_CHECKING:
@@ -59,13 +59,14 @@ class NF4Linear:
             raise ValueError(f"bias must be [{self.out_features}], got {list(bias.shape)}")
         self.bias = bias
         self.products = products
-        self.native = native.library() is not None and all(_fits(part) for part in parts)
         self._fragments = _fragments(parts, bias)
-        self._parts = [_permuted(part) for part in parts] if self.native else list(parts)
-        if self._fragments is not None:
-            self._parts = []
+        self.native = self._fragments is None and native.library() is not None and all(_fits(part) for part in parts)
+        self._parts: list[NF4Weight] = []
         if self.native:
+            self._parts = [_permuted(part) for part in parts]
             self._plan()
+        elif self._fragments is None:
+            self._parts = list(parts)
 
     def _plan(self) -> None:
         """The C struct that describes these tensors; what it points to lives as long as self."""
@@ -177,7 +178,8 @@ def nf4_linear(x: Tensor, weight: NF4Linear, out: Tensor | None = None, shrink: 
     """y = x @ W.T (+ bias).
 
     x: [M, K] float32, bfloat16 or float16; out: [M, N] of x's dtype to write to, or None for a new tensor.
-    shrink: on a GPU, a LoRA term of the same x, whose first half this computes too; a later kernel does the second.
+    shrink: on a GPU, a LoRA term of the same x, whose first half this computes too, in the same launch where the plan
+    has room for it; a later kernel does the second.
     On a CPU float32 rows take the kernel where the weight fits it, on a GPU 16-bit rows; all others the reference.
     """
     rows, columns = x.shape
@@ -188,7 +190,7 @@ def nf4_linear(x: Tensor, weight: NF4Linear, out: Tensor | None = None, shrink: 
 
         return gpu.nf4_linear(x, weight._fragments, out, shrink)
     if shrink is not None:
-        raise ValueError(f"shrink needs weights on a GPU that fit its kernels and rows of 16 bits, got {x.dtype}")
+        lora_shrink(x, shrink)
     library = native.library()
     if library is None or not weight.native or x.dtype is not torch.float32 or x.stride()[1] != 1:
         y = nf4_linear_reference(x, weight.parts, weight.bias)

@@ -16,6 +16,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is loaded and run from here on takes a GPU's path, with CPU tensors in Triton's interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("without a GPU only: Triton's interpreter is off")
+    from lorry.kernels import dispatch
+    from lorry.kernels.layers import Layers
+    from lorry.kernels.triton.nf4_fragments import Fragments
+    from lorry.server.cache import kv_cache
+
+    def caches(blocks: int, heads: int, size: int, width: int, dtype: torch.dtype, device: object) -> object:
+        return tuple(torch.zeros(blocks, heads, size, width, dtype=dtype) for _ in range(2))
+
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
+    monkeypatch.setattr(Fragments, "on_device", classmethod(lambda cls, parts, bias: cls(parts, bias)))
+    monkeypatch.setattr(kv_cache, "empty_caches", caches)
+    monkeypatch.setattr(Layers, "serve", staticmethod(lambda *_: False))
+
+
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The default model as an NF4 checkpoint folder, converted into the user's cache if it is not there yet."""

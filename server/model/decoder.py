@@ -14,38 +14,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lorry.adapters.layout import ModelLayout
-from lorry.kernels.kv_store import kv_store
+from lorry.kernels.kv_store import qkv_finish
 from lorry.kernels.layers import GROUPS, Layers, LayerWeights
 from lorry.kernels.linear import DenseLinear, dense_linear, embed
-from lorry.kernels.lora import SITES, AdapterPages, Site, lora_add
+from lorry.kernels.lora import (
+    SITES,
+    AdapterPages,
+    LoraTerm,
+    Site,
+)
 from lorry.kernels.nf4_linear import Products
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.rms_norm import rms_norm
-from lorry.kernels.rope import rope
 from lorry.kernels.silu_mul import silu_mul
 from lorry.server.model.config import ModelConfig
 from lorry.server.model.errors import UnsupportedModel
 from lorry.server.model.inputs import ModelInputs
 from lorry.server.model.placement import Placement
 from lorry.server.model.projection import Projection, nf4_bytes
+from lorry.server.model.step import KeyValueCache, Step, adapters_of
 from lorry.server.model.weights import Checkpoint, read_ends, read_layer
 from lorry.server.model.writer import Progress
-
-
-class KeyValueCache(Protocol):
-    """Paged keys and values per layer, each [num_blocks, kv_heads, block_size, head_dim]."""
-
-    @property
-    def keys(self) -> list[Tensor]: ...
-
-    @property
-    def values(self) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +84,12 @@ class Decoder:
         self._head = head
         self._rope_table = config.rope.table(config.head_dim, config.context_length).to(device)
         self._scale = config.head_dim**-0.5
-        self._q_size = config.heads * config.head_dim
-        self._head_split = [config.heads, config.kv_heads, config.kv_heads]
         self._qkv_sites = _sites(shapes, ("q_proj", "k_proj", "v_proj"))
         self._o_sites = _sites(shapes, ("o_proj",))
         self._gate_up_sites = _sites(shapes, ("gate_proj", "up_proj"))
         self._down_sites = _sites(shapes, ("down_proj",))
+        groups = (self._qkv_sites, self._o_sites, self._gate_up_sites, self._down_sites)
+        self._widths = [(shapes[SITES[group[0].index]][1], len(group)) for group in groups]
         self._fused = self._fuse()
 
     @classmethod
@@ -146,20 +140,21 @@ class Decoder:
         `pages` may be None only where `inputs.segments` is.
         """
         hidden = embed(inputs.token_ids, self._embedding, self.dtype)
-        residual: Tensor | None = None
+        residual, term = None, None
         if self._fused is not None and self._fused.take(kv.keys, kv.values):
             batch = (inputs.positions, inputs.slot_mapping, inputs.block_tables, inputs.cu_seqlens_q, inputs.kv_lens)
             hidden, residual = self._fused.forward(hidden, *batch, pages, inputs.segments)
         else:
+            step = Step(inputs, kv, adapters_of(inputs, pages, self._widths))
             for layer in self._layers:
-                hidden, residual = self._layer(layer, hidden, residual, inputs, kv, pages)
-        return _add_norm(hidden, self._final_norm, self.config.rms_eps, residual)[0]
+                hidden, residual, term = self._layer(layer, hidden, residual, term, step)
+        return _add_norm(hidden, self._final_norm, self.config.rms_eps, residual, term)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Head over hidden states [R, H] → float32 [R, V]."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Head over hidden states [R, H] → float32 [R, V], in `out` where that is given."""
         head = self._head
         logits = dense_linear(hidden, self._embedding) if head is None else head.project(hidden)
-        return logits.float()
+        return logits.float() if out is None else out.copy_(logits)
 
     def _fuse(self) -> Layers | None:
         """The layers as one call of the CPU kernels, where these can do all of them."""
@@ -184,27 +179,26 @@ class Decoder:
         )
 
     def _layer(
-        self,
-        layer: Layer,
-        hidden: Tensor,
-        residual: Tensor | None,
-        inputs: ModelInputs,
-        kv: KeyValueCache,
-        pages: AdapterPages | None,
-    ) -> tuple[Tensor, Tensor]:
-        """hidden [T, H]: what the layer before has still to add to the stream `residual` [T, H]."""
-        config, tokens = self.config, hidden.shape[0]
-        keys, values = kv.keys[layer.index], kv.values[layer.index]
-        normed, residual = _add_norm(hidden, layer.input_norm, config.rms_eps, residual)
+        self, layer: Layer, hidden: Tensor, residual: Tensor | None, last: LoraTerm | None, step: Step
+    ) -> tuple[Tensor, Tensor, LoraTerm | None]:
+        """hidden [T, H] and the LoRA term `last`: what the layer before has still to add to the stream `residual`."""
+        config, inputs = self.config, step.inputs
+        keys, values = step.kv.keys[layer.index], step.kv.values[layer.index]
+        normed, residual = _add_norm(hidden, layer.input_norm, config.rms_eps, residual, last)
 
-        qkv = layer.qkv.project(normed)  # [T, (Hq + 2 Hk) D]
-        self._add_adapters(qkv, normed, layer.index, self._qkv_sites, inputs, pages)
-        heads = qkv.view(tokens, config.heads + 2 * config.kv_heads, config.head_dim)
-        q, k, v = torch.split_with_sizes(heads, self._head_split, dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, config.rms_eps), rms_norm(k, layer.k_norm, config.rms_eps)
-        rope(q, k, inputs.positions, self._rope_table)
-        kv_store(k, v, keys, values, inputs.slot_mapping)
+        qkv, term = step.project(layer.qkv, normed, layer.index, self._qkv_sites)  # [T, (Hq + 2 Hk) D]
+        q = qkv_finish(
+            qkv,
+            inputs.positions,
+            self._rope_table,
+            keys,
+            values,
+            inputs.slot_mapping,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=config.rms_eps,
+            lora=term,
+        )
         mixed = paged_attention(
             q,
             keys,
@@ -215,31 +209,14 @@ class Decoder:
             self._scale,
             layer.sliding_window,
             max_query_len=inputs.max_query_len,
-        ).view(tokens, self._q_size)
+        ).flatten(1)
+        attended, term = step.project(layer.o, mixed, layer.index, self._o_sites)
+        normed, residual = _add_norm(attended, layer.post_norm, config.rms_eps, residual, term)
 
-        attended = layer.o.project(mixed)
-        self._add_adapters(attended, mixed, layer.index, self._o_sites, inputs, pages)
-        normed, residual = _add_norm(attended, layer.post_norm, config.rms_eps, residual)
-
-        gate_up = layer.gate_up.project(normed)
-        self._add_adapters(gate_up, normed, layer.index, self._gate_up_sites, inputs, pages)
-        gated = silu_mul(gate_up)
-        out = layer.down.project(gated)
-        self._add_adapters(out, gated, layer.index, self._down_sites, inputs, pages)
-        return out, residual
-
-    def _add_adapters(
-        self,
-        y: Tensor,
-        x: Tensor,
-        layer: int,
-        sites: tuple[Site, ...],
-        inputs: ModelInputs,
-        pages: AdapterPages | None,
-    ) -> None:
-        if inputs.segments is not None:
-            assert pages is not None, "segments without pages"
-            lora_add(y, x, pages, layer, sites, inputs.segments)
+        gate_up, term = step.project(layer.gate_up, normed, layer.index, self._gate_up_sites)
+        gated = silu_mul(gate_up, term)
+        out, term = step.project(layer.down, gated, layer.index, self._down_sites)
+        return out, residual, term
 
     @property
     def layout(self) -> ModelLayout:
@@ -279,11 +256,13 @@ class Decoder:
         return [norm for norm in (*norms, self._final_norm) if norm is not None]
 
 
-def _add_norm(hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """residual += hidden, then RMSNorm; before the first layer the stream is `hidden` itself."""
+def _add_norm(
+    hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None, lora: LoraTerm | None
+) -> tuple[Tensor, Tensor]:
+    """residual += hidden + LoRA sum, then RMSNorm; before the first layer the stream is `hidden` itself."""
     if residual is None:
         return rms_norm(hidden, weight, eps), hidden
-    return rms_norm(hidden, weight, eps, residual)
+    return rms_norm(hidden, weight, eps, residual, lora)
 
 
 def _sites(shapes: dict[str, tuple[int, int]], names: tuple[str, ...]) -> tuple[Site, ...]:

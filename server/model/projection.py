@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels.linear import DenseLinear, dense_linear
+from lorry.kernels.lora import LoraTerm, lora_shrink
 from lorry.kernels.nf4 import NF4Weight
 from lorry.kernels.nf4_linear import NF4Linear, Products, nf4_linear
 from lorry.server.model.placement import tables_of
@@ -50,11 +51,11 @@ class Projection:
         dense = sum(piece.nbytes for piece in self.pieces if isinstance(piece, DenseLinear))
         return dense + sum(piece.bias.nbytes for piece in self.pieces if piece.bias is not None)
 
-    def project(self, x: Tensor) -> Tensor:
-        """x [M, K] → [M, ΣN] in x's dtype."""
-        if len(self.pieces) == 1:
-            return _apply(x, self.pieces[0])
-        return torch.cat([_apply(x, piece) for piece in self.pieces], dim=1)
+    def project(self, x: Tensor, shrink: LoraTerm | None = None) -> Tensor:
+        """x [M, K] → [M, ΣN] in x's dtype; on a GPU the first half of a LoRA term of the same x is done on the side."""
+        first, *others = self.pieces
+        y = _apply(x, first, shrink)
+        return torch.cat([y, *(_apply(x, piece) for piece in others)], dim=1) if others else y
 
 
 def nf4_bytes(projections: Sequence[Projection]) -> int:
@@ -65,8 +66,12 @@ def nf4_bytes(projections: Sequence[Projection]) -> int:
     return sum(piece.nbytes for piece in pieces) - sum(table.nbytes for table in tables) + shared
 
 
-def _apply(x: Tensor, piece: NF4Linear | DenseLinear) -> Tensor:
-    return nf4_linear(x, piece) if isinstance(piece, NF4Linear) else dense_linear(x, piece)
+def _apply(x: Tensor, piece: NF4Linear | DenseLinear, shrink: LoraTerm | None = None) -> Tensor:
+    if isinstance(piece, NF4Linear):
+        return nf4_linear(x, piece, shrink=shrink)
+    if shrink is not None:
+        lora_shrink(x, shrink)
+    return dense_linear(x, piece)
 
 
 def _kind(weight: LinearWeight) -> tuple[object, ...]:

@@ -156,8 +156,8 @@ def pages_of(decoder: Decoder, adapters: Sequence[dict[tuple[int, str], tuple[Te
     shape = (len(adapters), decoder.config.layers, len(SITES))
     offsets = torch.full((*shape, most), -1, dtype=torch.int64)
     scalings = torch.zeros(shape)
-    arena: list[Tensor] = [torch.full((5,), torch.nan)]
-    used = 5
+    arena: list[Tensor] = [torch.full((8,), torch.nan)]  # pages lie at multiples of 8
+    used = 8
     for slot, adapter in enumerate(adapters):
         for (layer, site), (a, b, scaling) in adapter.items():
             scalings[slot, layer, SITES.index(site)] = scaling

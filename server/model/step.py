@@ -1,0 +1,73 @@
+"""What is the same in all layers of a step, and how a layer's products meet the step's adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from lorry.kernels import dispatch
+from lorry.kernels.lora import AdapterPages, LoraTerm, Routes, Segments, Site, fill_routes, lora_add, make_routes
+from lorry.server.model.inputs import ModelInputs
+from lorry.server.model.projection import Projection
+
+
+class KeyValueCache(Protocol):
+    """Paged keys and values per layer, each [num_blocks, kv_heads, block_size, head_dim]."""
+
+    @property
+    def keys(self) -> list[Tensor]: ...
+
+    @property
+    def values(self) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepAdapters:
+    """The adapters of one step. routes: on a GPU, where each row finds its pages, filled."""
+
+    pages: AdapterPages
+    segments: Segments
+    routes: Routes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is the same in all layers of a step."""
+
+    inputs: ModelInputs
+    kv: KeyValueCache
+    adapters: StepAdapters | None
+
+    def project(
+        self, projection: Projection, x: Tensor, layer: int, sites: tuple[Site, ...]
+    ) -> tuple[Tensor, LoraTerm | None]:
+        """x Wᵀ, and the LoRA term that whoever reads it next has still to add: on a GPU its first half is done here, on
+        a CPU it is added here."""
+        adapters = self.adapters
+        if adapters is None:
+            return projection.project(x), None
+        if adapters.routes is None:
+            y = projection.project(x)
+            lora_add(y, x, adapters.pages, layer, sites, adapters.segments)
+            return y, None
+        term = LoraTerm(adapters.routes, adapters.pages, layer, sites, x.shape[1])
+        return projection.project(x, term), term
+
+
+def adapters_of(
+    inputs: ModelInputs, pages: AdapterPages | None, widths: Sequence[tuple[int, int]]
+) -> StepAdapters | None:
+    """What a step's products need of its adapters; on a GPU its rows' pages are looked up. widths: of `make_routes`."""
+    segments, rows = inputs.segments, inputs.token_ids.shape[0]
+    if segments is None:
+        return None
+    assert pages is not None, "segments without pages"
+    if not dispatch.on_gpu(pages.arena):
+        return StepAdapters(pages, segments)
+    count, adapters = segments.slots.shape
+    routes = make_routes(rows, count, segments.page_bound or adapters * pages.offsets.shape[3], pages, widths)
+    fill_routes(routes, segments, pages, rows)
+    return StepAdapters(pages, segments, routes)
