@@ -113,6 +113,10 @@ class PagePool:
     def bytes_of(self, demand: Demand) -> int:
         return sum(n * size for n, size in zip(demand, self._classes, strict=True)) * self.dtype.itemsize
 
+    def page_bound(self, slots: Iterable[int]) -> int:
+        """At least as many pages as resident slots have together in any one linear."""
+        return sum(max(map(len, self._slots[slot].offsets.values()), default=0) for slot in slots)
+
     # ---------------------------------------------------------------- room
 
     def ever_fits(self, demand: Demand, slots: int) -> bool:

@@ -104,6 +104,20 @@ class Continuation:
     score: float | None = None
 
 
+class Pending(Protocol):
+    """Tokens on their way from the device.
+
+    tokens: int64 [R] on the logits' device, the next token of each row; the engine feeds them to the next step unseen
+    """
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    def continuations(self) -> list[Continuation]:
+        """One for each row, as `decide` returns them; waits until the device has chosen."""
+        ...
+
+
 class Strategy(Protocol):
     """Chooses tokens. One object serves the whole engine; calls come from the engine's thread, between two forwards."""
 
@@ -121,6 +135,18 @@ class Strategy(Protocol):
         Returns continuations ordered by parent.
         """
         ...
+
+    def can_begin(self, row: Row) -> bool:
+        """Whether `begin` serves the row; constant for its life."""
+        return False
+
+    def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor) -> Pending:
+        """As `decide`, without waiting for the device, for rows with one token each.
+
+        unread: [R], 0 or 1, tokens of each row that were begun before and are not among `output_token_ids` yet
+        last: int64 [R] on the device, the token that each row's logits follow, the unread one where there is one
+        """
+        raise NotImplementedError
 
     def draft(self, rows: Sequence[Row], limit: int) -> list[tuple[int, ...]]:
         """Propose at most `limit` tokens for each row that will decode in the coming step; () is always right."""

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorry.server.decoding.interface import Continuation, Row, Strategy
+from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
 from lorry.server.decoding.logprobs import token_logprobs
 from lorry.server.decoding.philox import uniforms
 from lorry.server.decoding.processors import Processors
@@ -79,6 +79,9 @@ class Sampling(Strategy):
             Continuation(place, (token,), (reports[place],) if place in reports else None)
             for place, token in enumerate(tokens)
         ]
+
+    def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor) -> Pending:
+        raise NotImplementedError
 
     def release(self, key: int) -> None:
         self.processors.release(key)

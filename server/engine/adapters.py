@@ -24,7 +24,7 @@ from lorry.server.engine.messages import (
     UnloadAdapter,
 )
 from lorry.server.engine.report import Report
-from lorry.server.engine.sequence import Lease
+from lorry.server.engine.sequence import Combo, Lease
 from lorry.server.errors import (
     AlreadyExists,
     LorryError,
@@ -85,6 +85,10 @@ class AdapterDesk:
 
     def release(self, lease: Lease) -> None:
         self.manager.release(_theirs(lease))
+
+    def page_bound(self, combo: Combo) -> int:
+        """The most pages that a combo of pinned adapters has in one linear."""
+        return self.manager.pool.page_bound(slot for slot, _ in combo)
 
     def obey(self, command: AdapterCommand, outbox: list[EngineMessage]) -> None:
         """Carry out a command; its reply comes at once or from a later `poll`."""

@@ -6,6 +6,7 @@ For piece s with tokens [start, end) of its sequence, and t running over the fla
     positions[t]        = start + t - cu_seqlens_q[s]
     slot_mapping[t]     = block_table[s][positions[t] // 16] · 16 + positions[t] mod 16
     kv_lens[s]          = end
+    sources[t]          = row of the step before whose token t is, where only the device knows it yet; else -1
 """
 
 from __future__ import annotations
@@ -62,10 +63,14 @@ def build_batch(pieces: Sequence[Piece], copies: Sequence[Copy], build_segments:
 
     block_tables = np.zeros((count, blocks_for(int(ends.max()))), np.int32)
     token_ids: list[int] = []
+    unread: list[tuple[int, int]] = []
     for s, piece in enumerate(pieces):
         blocks = piece.sequence.table.row[: blocks_for(piece.end)]
         block_tables[s, : len(blocks)] = blocks
         token_ids += piece.sequence.tokens(piece.start, piece.end)
+        if piece.sequence.unread:  # always the last one
+            token_ids.append(0)
+            unread.append((int(cu_seqlens[s + 1]) - 1, piece.sequence.place))
 
     if total == count:
         owners, positions = np.arange(count), starts
@@ -99,8 +104,16 @@ def build_batch(pieces: Sequence[Piece], copies: Sequence[Copy], build_segments:
         segments=build_segments(runs) if any(combo for _, combo in runs) else None,
         logits_rows=torch.from_numpy(np.concatenate(rows) if len(rows) > 1 else rows[0]),
         max_query_len=int(lengths.max()),
+        sources=_sources(unread, total) if unread else None,
     )
     return Batch(inputs, tuple(copies), tuple(pieces), tuple(pieces[s] for s in deciding), tuple(scored))
+
+
+def _sources(unread: list[tuple[int, int]], total: int) -> torch.Tensor:
+    sources = torch.full((total,), -1, dtype=torch.int64)
+    where, rows = torch.tensor(unread, dtype=torch.int64).T
+    sources[where] = rows
+    return sources
 
 
 def combo_runs(pieces: Sequence[Piece]) -> Runs:

@@ -30,6 +30,7 @@ from lorry.server.engine.plan import Piece
 from lorry.server.engine.runner import Runner
 from lorry.server.engine.scheduler import Limits, Scheduler
 from lorry.server.engine.sequence import Request, Sequence
+from lorry.server.engine.staging import Staging
 from lorry.server.errors import InvalidField
 from lorry.server.model.decoder import Decoder
 
@@ -112,8 +113,18 @@ def build_engine(config: EngineConfig, types: Types, decoder: Decoder, channel: 
     allocator = BlockAllocator(num_blocks)
     limits = Limits(config.max_running, token_budget(config, types), context_length)
     scheduler = Scheduler(limits, allocator, PrefixIndex(allocator), desk)
-    runner = Runner(decoder, kv, pool.pages)
-    return Engine(channel, scheduler, runner, Sampling(), desk, model.eos_token_ids, debug_checks=config.debug_checks)
+    staging = Staging(types.device) if types.on_gpu else None
+    runner = Runner(decoder, kv, pool.pages, staging, config.max_running)
+    return Engine(
+        channel,
+        scheduler,
+        runner,
+        Sampling(),
+        desk,
+        model.eos_token_ids,
+        ahead=types.on_gpu,
+        debug_checks=config.debug_checks,
+    )
 
 
 def warm_up(engine: Engine) -> None:

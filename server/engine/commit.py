@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
-from lorry.server.decoding.interface import Continuation, Row, Strategy
+from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
 from lorry.server.decoding.logprobs import token_logprobs
 from lorry.server.engine.batch import Batch, Scored
 from lorry.server.engine.messages import (
@@ -18,12 +18,27 @@ from lorry.server.engine.messages import (
     PromptLogprobs,
     Tokens,
 )
-from lorry.server.engine.runner import Output, Runner
+from lorry.server.engine.output import Output
+from lorry.server.engine.runner import Runner
 from lorry.server.engine.scheduler import Scheduler
 from lorry.server.engine.sequence import Request, Sequence, Status
 from lorry.server.errors import LorryError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was launched. pending: its tokens under way; None: they are to be decided from `output`."""
+
+    batch: Batch
+    output: Output | None
+    pending: Pending | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next step cannot be planned before this one is committed."""
+        return self.pending is None and bool(self.batch.deciding or self.batch.scored)
 
 
 class Committer:
@@ -43,15 +58,50 @@ class Committer:
         self.eos_token_ids = eos_token_ids
         self.outbox = outbox
 
-    def commit(self, batch: Batch, output: Output, now: float) -> None:
-        """The step of `batch` has been computed: go on with each of its sequences, or end it."""
+    def begin(self, batch: Batch, output: Output) -> Pending | None:
+        """Choose the tokens of a step that was launched, on the device and without waiting for it.
+
+        None: `commit` has to decide, since a row of the step forks or the strategy wants to see its logits.
+        """
+        sequences = [piece.sequence for piece in batch.deciding]
+        if not sequences or batch.scored or not all(map(self._can_begin, sequences)):
+            return None
+        rows = [sequence.row for sequence in sequences if sequence.row is not None]
+        pending = self.strategy.begin(rows, output.logits, [sequence.unread for sequence in sequences], output.last)
+        self.runner.keep(pending.tokens)
+        for place, sequence in enumerate(sequences):
+            sequence.unread += 1
+            sequence.place = place
+        return pending
+
+    def commit(self, flight: Flight, now: float) -> None:
+        """A step has been computed, or is about to be: go on with each of its sequences, or end it."""
+        for piece in flight.batch.pieces:
+            self.scheduler.landed(piece)
+        if flight.pending is not None:
+            self._read(flight.batch, flight.pending, now)
+        elif flight.output is not None:
+            self._commit_waiting(flight.batch, flight.output, now)
+
+    def _read(self, batch: Batch, pending: Pending, now: float) -> None:
+        """The tokens that `begin` chose; those of sequences that have ended since are dropped."""
+        continuations = pending.continuations()
+        for piece in batch.deciding:
+            piece.sequence.unread -= 1
+        for continuation in continuations:
+            sequence = batch.deciding[continuation.parent].sequence
+            if sequence.status is not Status.FINISHED:
+                self._born(sequence, now)
+                self._extend(sequence, continuation, now)
+
+    def _commit_waiting(self, batch: Batch, output: Output, now: float) -> None:
         for scored in batch.scored:
             self._score(scored, output)
-        for piece in batch.pieces:
-            self.scheduler.advance(piece)
         sequences: list[Sequence] = []
         sources: list[int] = []  # of each sequence, the row of logits
         for row, piece in enumerate(batch.deciding):
+            if piece.sequence.status is Status.FINISHED:  # while the step ran
+                continue
             born = self._born(piece.sequence, now)
             sequences += born
             sources += [row] * len(born)
@@ -101,6 +151,20 @@ class Committer:
 
     # ---------------------------------------------------------------- one step
 
+    def _can_begin(self, sequence: Sequence) -> bool:
+        """Whether the strategy can choose this sequence's token on the device; gives the first token its row."""
+        request = sequence.request
+        if len(request.pending) > 1 or request.message.stopping.max_new_tokens == 0:
+            return False
+        if request.pending:
+            self._take_place(sequence)
+        return sequence.row is not None and self.strategy.can_begin(sequence.row)
+
+    def _take_place(self, sequence: Sequence) -> None:
+        """The prompt is over: its sequence becomes the first of those that waited for it."""
+        sequence.index, sequence.request.pending = sequence.request.pending[0], []
+        sequence.row = self._row(sequence)
+
     def _score(self, scored: Scored, output: Output) -> None:
         """Log-probabilities of the prompt tokens whose logits this step has."""
         request = scored.request
@@ -122,16 +186,15 @@ class Committer:
             return []
         if not request.pending:
             return [sequence]
-        sequence.index, *others = request.pending
-        request.pending = []
-        sequence.row = self._row(sequence)
+        others = request.pending[1:]
+        self._take_place(sequence)
         return [sequence, *(self._fork(sequence, index) for index in others)]
 
     def _decide(self, sequences: list[Sequence], sources: list[int], output: Output) -> list[Continuation]:
         """Ask the strategy; when it fails, for each row alone, and end the requests of those that fail again."""
         rows = [sequence.row for sequence in sequences if sequence.row is not None]
         logits, hidden = output.logits, output.hidden
-        if len(sources) > logits.shape[0]:  # forks: several rows have the same logits
+        if sources != list(range(logits.shape[0])):  # forks: several rows have the same logits
             logits = logits[sources]
         needs_hidden = self.strategy.needs_hidden_states
         try:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
+import torch
+
 from lorry.adapters.segments import build_segments
+from lorry.kernels.lora import Segments
+from lorry.server.cache.block_table import Copy
 from lorry.server.decoding.interface import Strategy
 from lorry.server.engine.adapters import AdapterDesk
-from lorry.server.engine.batch import Batch, build_batch
+from lorry.server.engine.batch import Runs, build_batch
 from lorry.server.engine.channel import Channel
-from lorry.server.engine.commit import Committer, failed, internal_error
+from lorry.server.engine.commit import Committer, Flight, failed, internal_error
+from lorry.server.engine.graphs import page_bucket
 from lorry.server.engine.messages import (
     Abort,
     AdapterReply,
@@ -24,22 +30,24 @@ from lorry.server.engine.messages import (
     Shutdown,
     Started,
 )
-from lorry.server.engine.plan import Plan
+from lorry.server.engine.plan import Piece, Plan
 from lorry.server.engine.report import Report
-from lorry.server.engine.runner import Output, Runner
+from lorry.server.engine.runner import Runner
 from lorry.server.engine.scheduler import Scheduler
 from lorry.server.engine.sequence import Request
-from lorry.server.errors import DeadlineExceeded, InvalidField, LorryError
+from lorry.server.errors import DeadlineExceeded, InvalidField, LorryError, OutOfMemory
 
 log = logging.getLogger(__name__)
 
 BLOCKED_POLL = 0.002  # seconds between two looks while requests wait for adapters or adapters for the disk
 IDLE_POLL = 1.0
+LEAST_TOKENS = 16  # of a prompt that are tried when memory is short
 MAX_FAULTS = 3  # steps in a row that fail whole before the engine gives up
 
 
 class Engine:
-    """Requests in, tokens out. `clock` is time.time but in tests."""
+    """Requests in, tokens out. ahead: plan a step while the one before runs, for a GPU. `clock` is time.time but in
+    tests."""
 
     def __init__(
         self,
@@ -50,6 +58,7 @@ class Engine:
         adapters: AdapterDesk,
         eos_token_ids: tuple[int, ...],
         *,
+        ahead: bool = False,
         debug_checks: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -62,6 +71,8 @@ class Engine:
         self.committer = Committer(scheduler, runner, strategy, eos_token_ids, self.outbox)
         self.clock = clock
         self.stopped = False
+        self._ahead = ahead
+        self._flight: Flight | None = None  # the step that runs while the next is planned
         self._debug_checks = debug_checks
         self._build_segments = lru_cache(maxsize=16)(build_segments)
         self._orders = 0
@@ -74,7 +85,10 @@ class Engine:
                 self._idle()
 
     def step(self, wait: float = 0.0) -> bool:
-        """One plan → forward → commit; False when there was nothing to run. Waits `wait` seconds for commands."""
+        """One plan → forward → commit; False when there was nothing to run. Waits `wait` seconds for commands.
+
+        Ahead, the commit is that of the step before: while this one runs, its tokens are read, and the next is planned.
+        """
         for command in self.channel.receive(wait):
             try:
                 self._obey(command)
@@ -84,34 +98,79 @@ class Engine:
         self._expire(self.clock())
         plan = self.scheduler.plan(self.clock())
         self._announce(plan)
-        for batch, output in self._forward(plan):
-            self.committer.commit(batch, output, self.clock())
+        before, self._flight = self._flight, self._launch(plan)
+        if before is not None:
+            self.committer.commit(before, self.clock())
+        if self._flight is not None and (self._flight.waits or not self._ahead):
+            self.committer.commit(self._flight, self.clock())
+            self._flight = None
+        elif self._flight is None and plan.pieces:
+            self._run_apart(plan)
         self._send()
-        return bool(plan.pieces)
+        return bool(plan.pieces) or before is not None
 
-    def _forward(self, plan: Plan) -> list[tuple[Batch, Output]]:
-        """Run the plan as one batch. If that fails, run each piece alone and end the requests of those that fail."""
+    def _launch(self, plan: Plan) -> Flight | None:
+        """Run the plan as one batch; None: there is nothing to run, or that failed."""
         if not plan.pieces:
-            return []
+            return None
         try:
-            batch = build_batch(plan.pieces, plan.copies, self._build_segments)
-            return [(batch, self.runner.forward(batch))]
+            flight = self._run(plan.pieces, plan.copies, self._ahead)
+        except torch.AcceleratorError:
+            raise  # the device is lost to this process
         except Exception:
-            log.exception("a step of %d pieces failed, running them one by one", len(plan.pieces))
+            log.exception("a step of %d pieces failed, running it in parts", len(plan.pieces))
+            return None
+        self._faults = 0
+        return flight
+
+    def _run(self, pieces: list[Piece], copies: list[Copy], begin: bool = False) -> Flight:
+        batch = build_batch(pieces, copies, self._segments)
+        output = self.runner.forward(batch)
+        for piece in pieces:
+            self.scheduler.launched(piece)
+        pending = self.committer.begin(batch, output) if begin else None
+        return Flight(batch, output if pending is None else None, pending)
+
+    def _run_apart(self, plan: Plan) -> None:
+        """What could not run as one batch: each piece alone. Requests whose piece fails then too are ended."""
         self.runner.kv.copy_blocks(plan.copies)
-        done = []
+        done = 0
         for piece in plan.pieces:
             if piece.sequence not in piece.sequence.request.live:
                 continue
             try:
-                batch = build_batch([piece], [], self._build_segments)
-                done.append((batch, self.runner.forward(batch)))
+                self.committer.commit(self._run_alone(piece), self.clock())
+                done += 1
+            except torch.AcceleratorError:
+                raise
+            except OutOfMemory as error:
+                self.committer.fail(piece.sequence.request, error)
+                done += 1
             except Exception:
                 self.committer.fault(piece.sequence.request)
         self._faults = 0 if done else self._faults + 1
         if self._faults >= MAX_FAULTS:
             raise RuntimeError(f"{self._faults} steps in a row failed whole")
-        return [(batch, output) for batch, output in done if batch.pieces[0].sequence.table.blocks]
+
+    def _run_alone(self, piece: Piece) -> Flight:
+        """One piece, or as much of a prompt as there is memory for; raises OutOfMemory."""
+        while True:
+            try:
+                return self._run([piece], [])
+            except torch.OutOfMemoryError as error:
+                tokens = (piece.end - piece.start) // 2
+                if tokens < LEAST_TOKENS:
+                    raise OutOfMemory("the device has no memory left for this request") from error
+            torch.cuda.empty_cache()
+            piece = replace(piece, end=piece.start + tokens)
+
+    def _segments(self, runs: Runs) -> Segments:
+        """The segments of a batch, with the bound of their pages where kernels are compiled for it."""
+        segments = self._build_segments(runs)
+        if not self._ahead:
+            return segments
+        pages = max(self.adapters.page_bound(combo) for _, combo in runs)
+        return replace(segments, page_bound=page_bucket(pages))
 
     def _obey(self, command: Command) -> None:
         match command:

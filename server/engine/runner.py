@@ -3,61 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lorry.kernels.lora import AdapterPages, Segments
+from lorry.kernels.lora import AdapterPages
 from lorry.server.cache.kv_cache import KVCache
 from lorry.server.engine.batch import Batch
+from lorry.server.engine.graphs import Bucket, DecodeGraphs, Recorder
+from lorry.server.engine.output import Output
+from lorry.server.engine.staging import Staging
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.inputs import ModelInputs
 
 SCORED_ROWS = 64  # rows of prompt logits at a time: 64 · 49152 · 4 bytes = 12 MB
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """hidden: [R, H] of the batch's logits rows; logits: float32 [deciding pieces, V]."""
-
-    hidden: Tensor
-    logits: Tensor
-
-
 class Runner:
-    """Owns the model's memory; knows nothing of requests."""
+    """Owns the model's memory; knows nothing of requests.
 
-    def __init__(self, decoder: Decoder, kv: KVCache, pages: AdapterPages | None) -> None:
+    staging: the way to a GPU; None: the decoder reads a batch's tensors where they are. max_running: most sequences of
+    a batch.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: KVCache,
+        pages: AdapterPages | None,
+        staging: Staging | None = None,
+        max_running: int = 0,
+    ) -> None:
         self.decoder = decoder
         self.kv = kv
         self.pages = pages
         self.device = kv.keys[0].device
+        self.graphs: DecodeGraphs | None = None
+        self._staging = staging
+        self._max_running = max_running
+        self._chosen = torch.zeros(max_running, dtype=torch.int64, device=self.device)
 
     def forward(self, batch: Batch) -> Output:
-        """Copy the blocks that forks write, run the flat batch, and take the logits of the rows that decide."""
+        """Copy the blocks that forks write, run the flat batch, and take the logits of the rows that decide.
+
+        On a GPU this only launches; a later call that is served by a graph may overwrite the output.
+        """
         self.kv.copy_blocks(batch.copies)
-        inputs = batch.inputs if self.device.type == "cpu" else self._to_device(batch.inputs)
-        hidden = self.decoder.forward(inputs, self.kv, self.pages)
-        hidden = hidden.index_select(0, inputs.logits_rows)
-        return Output(hidden, self.decoder.logits(hidden[: len(batch.deciding)]))
+        if self._staging is None:
+            return self._compute(batch.inputs, len(batch.deciding))
+        if self.graphs is not None and (bucket := self.graphs.find(batch.inputs)) is not None:
+            return self.graphs.replay(batch.inputs, bucket)
+        return self._compute(self._staging.upload(batch.inputs), len(batch.deciding))
+
+    def keep(self, tokens: Tensor) -> None:
+        """tokens: int64 [D] on the device, which the next batch's `sources` speak of."""
+        self._chosen[: tokens.shape[0]].copy_(tokens)
+
+    def record(self, buckets: list[Bucket]) -> Iterator[Bucket]:
+        """Record decode steps as CUDA graphs; yields each bucket when it is done."""
+        assert self._staging is not None
+        config = self.decoder.config
+        rows = max(bucket.rows for bucket in buckets)
+        output = Output.empty(rows, config.hidden_size, config.vocab_size, self.decoder.dtype, self.device)
+        self.graphs = DecodeGraphs(self._compute_into, self._staging, buckets, output)
+        yield from self.graphs.record(Recorder(self.device))
 
     def prompt_logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first row, float32 logits) of `hidden` [R, H], SCORED_ROWS rows at a time."""
         for start in range(0, hidden.shape[0], SCORED_ROWS):
             yield start, self.decoder.logits(hidden[start : start + SCORED_ROWS])
 
-    def _to_device(self, inputs: ModelInputs) -> ModelInputs:
-        segments = inputs.segments
-        return replace(
-            inputs,
-            **_moved(inputs, self.device),
-            segments=None if segments is None else replace(segments, **_moved(segments, self.device)),
-        )
+    def _compute(self, inputs: ModelInputs, deciding: int, logits: Tensor | None = None) -> Output:
+        """The launches of one step. logits: where to write them."""
+        if inputs.sources is not None:
+            chosen = self._chosen.index_select(0, inputs.sources.clamp(min=0))
+            inputs = replace(inputs, token_ids=torch.where(inputs.sources >= 0, chosen, inputs.token_ids))
+        hidden = self.decoder.forward(inputs, self.kv, self.pages).index_select(0, inputs.logits_rows)
+        last = inputs.token_ids.index_select(0, inputs.logits_rows[:deciding])
+        return Output(hidden, self.decoder.logits(hidden[:deciding], logits), last)
 
-
-def _moved(record: ModelInputs | Segments, device: torch.device) -> dict[str, Any]:
-    """The record's own tensors on `device`, by field."""
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    def _compute_into(self, inputs: ModelInputs, into: Output) -> None:
+        """The same where all rows decide, its output written to a given place."""
+        output = self._compute(inputs, into.last.shape[0], into.logits)
+        into.hidden.copy_(output.hidden)
+        into.last.copy_(output.last)

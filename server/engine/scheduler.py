@@ -123,6 +123,7 @@ class Scheduler:
         child.logprobs = list(parent.logprobs)
         child.computed, child.registered, child.node = parent.computed, parent.registered, parent.node
         child.shown, child.preemptions, child.status = parent.shown, parent.preemptions, Status.RUNNING
+        assert parent.unread == 0, "a fork shares tokens that are known"
         parent.request.sequences.append(child)
         insort(self.running, child, key=_rank)
         return child
@@ -157,11 +158,19 @@ class Scheduler:
         plan.sort()
         return plan
 
-    def advance(self, piece: Piece) -> None:
-        """The tokens of `piece` have been computed; full blocks become findable."""
+    def launched(self, piece: Piece) -> None:
+        """`piece` is being computed: whatever comes next on the device finds it done."""
+        piece.sequence.computed = piece.end
+
+    def landed(self, piece: Piece) -> None:
+        """The step of `piece` is over and all of its tokens are known; full blocks become findable.
+
+        Since the launch its sequence may have ended, or have lost its blocks and begun again.
+        """
         sequence = piece.sequence
-        sequence.computed = piece.end
-        while (end := (sequence.registered + 1) * BLOCK_SIZE) <= piece.end:
+        if sequence.status is not Status.RUNNING:
+            return
+        while (end := (sequence.registered + 1) * BLOCK_SIZE) <= min(piece.end, sequence.computed):
             block = sequence.table.blocks[sequence.registered]
             sequence.node = self.index.insert(sequence.node, sequence.tokens(end - BLOCK_SIZE, end), block)
             sequence.registered += 1
@@ -169,7 +178,7 @@ class Scheduler:
     def _decode(self, plan: Plan) -> None:
         for sequence in list(self.running):
             start, end = sequence.computed, sequence.length
-            if sequence.status is not Status.RUNNING or end - start != 1:
+            if sequence.status is not Status.RUNNING or end - start != 1 or self._over(sequence):
                 continue
             while (cost := sequence.table.cost(start, end)) > self.allocator.available:
                 victim = self.running[-1]  # never one that is in the plan: those rank before `sequence`
@@ -180,6 +189,13 @@ class Scheduler:
                 if cost > 0:
                     plan.copies += sequence.table.prepare(start, end)
                 plan.pieces.append(Piece(sequence, start, end))
+
+    def _over(self, sequence: Sequence) -> bool:
+        """Whether its unread token will be its last, whatever it is."""
+        most = sequence.request.message.stopping.max_new_tokens
+        return sequence.unread > 0 and (
+            len(sequence.output) + sequence.unread >= most or sequence.length >= self.limits.context_length
+        )
 
     def _prefill(self, plan: Plan, now: float) -> None:
         left = max(self.limits.token_budget - len(plan.pieces), BLOCK_SIZE)
@@ -202,7 +218,7 @@ class Scheduler:
         unready = 0
         for sequence in self._in_turn():
             request = sequence.request
-            if sequence.status is Status.RUNNING:
+            if sequence.status is Status.RUNNING or sequence.unread:  # it was preempted a moment ago
                 continue
             if sequence.width > slots or unready == MOST_UNREADY:
                 break
@@ -285,7 +301,7 @@ class Scheduler:
     # ---------------------------------------------------------------- proof
 
     def check(self) -> None:
-        """Prove the invariants between two steps."""
+        """Prove the invariants between two steps, none of which is under way."""
         live = [sequence for request in self.requests.values() for sequence in request.live]
         assert set(live) == {*self.running, *self.waiting} and len(live) == len(self.running) + len(self.waiting)
         assert self.running == sorted(self.running, key=_rank), "running is out of order"

@@ -99,6 +99,9 @@ class Sequence:
     computed: tokens whose keys and values are in `table`'s blocks. A sequence that decodes has all but one computed
     registered, node: full blocks that the prefix index knows of this sequence, and the node after the last of them
     shown: tokens of the output that were sent; held ones come later
+    unread: tokens behind the output that the device has chosen and the engine has not read yet: 0, 1, or, between the
+        launch of a step and the commit of the one before, 2
+    place: row of the last of them among the tokens of its step
     """
 
     __slots__ = (
@@ -108,6 +111,7 @@ class Sequence:
         "logprobs",
         "node",
         "output",
+        "place",
         "preemptions",
         "registered",
         "request",
@@ -115,6 +119,7 @@ class Sequence:
         "shown",
         "status",
         "table",
+        "unread",
     )
 
     def __init__(self, request: Request, index: int, table: BlockTable) -> None:
@@ -130,11 +135,14 @@ class Sequence:
         self.status = Status.WAITING
         self.preemptions = 0
         self.shown = 0
+        self.unread = 0
+        self.place = 0
         self.row: Row | None = None
 
     @property
     def length(self) -> int:
-        return len(self.request.prompt) + len(self.output)
+        """Tokens of prompt and output, unread ones included."""
+        return len(self.request.prompt) + len(self.output) + self.unread
 
     @property
     def width(self) -> int:
@@ -142,7 +150,7 @@ class Sequence:
         return max(1, len(self.request.pending))
 
     def tokens(self, start: int, end: int) -> list[int]:
-        """Token ids of positions [start, end), prompt first, then output."""
+        """Token ids of positions [start, end), prompt first, then output, without unread ones."""
         prompt = self.request.prompt
         split = len(prompt)
         if start >= split:

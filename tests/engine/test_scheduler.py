@@ -165,7 +165,8 @@ class House:
         combos = [piece.sequence.request.combo for piece in plan.pieces]
         assert sum(a != b for a, b in itertools.pairwise(combos)) == max(0, len(set(combos)) - 1)
         for piece in plan.pieces:
-            self.scheduler.advance(piece)
+            self.scheduler.launched(piece)
+            self.scheduler.landed(piece)
             if piece.end == piece.sequence.length:
                 self.decide(piece.sequence)
         self.residency.tick()
