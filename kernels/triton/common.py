@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
 
@@ -10,6 +13,16 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 FUSION = {"enable_fp_fusion": True}
 """Launch option of every kernel, since its default differs between Triton's versions."""
+
+DEFAULT_SMS = 132  # multiprocessors for which work is cut where there is no GPU
+
+
+@lru_cache  # the question takes longer than a launch
+def multiprocessors(device: torch.device) -> int:
+    """Of `device`, DEFAULT_SMS for one that is no GPU."""
+    if device.type != "cuda":
+        return DEFAULT_SMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @triton.jit

@@ -26,11 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lorry.kernels.lora import LoraTerm
+from lorry.kernels.nf4 import FLOAT_DTYPES
 from lorry.kernels.triton.common import FUSION, rounded
 from lorry.kernels.triton.lora import expand_arguments, expand_tile
 
 TILE_ROWS = 16
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit(do_not_specialize=["linear", "rows", "slots", "max_position", "capacity"])
@@ -204,14 +204,14 @@ def _launch(
 
 def _check(k: Tensor, width: int, inputs: list[Tensor], caches: list[Tensor]) -> None:
     for x in inputs:
-        if x.dtype not in DTYPES or x.dtype is not k.dtype:
+        if x.dtype not in FLOAT_DTYPES or x.dtype is not k.dtype:
             raise ValueError(f"q, k and v must have one dtype, float32, bfloat16 or float16, not {x.dtype}")
         if x.stride(2) != 1 or width % 2:
             raise ValueError("heads must be contiguous and of even width")
     if len({cache.dtype for cache in caches}) > 1:
         raise ValueError(f"both caches must have one dtype, not {[cache.dtype for cache in caches]}")
     for cache in caches:
-        if cache.dtype not in DTYPES:
+        if cache.dtype not in FLOAT_DTYPES:
             raise ValueError(f"caches must be float32, bfloat16 or float16, not {cache.dtype}")
         if cache.shape[2] != 16 or cache.stride()[1:] != (16 * width, width, 1):
             raise ValueError("caches must be [num_blocks, Hk, 16, D], contiguous within a block")

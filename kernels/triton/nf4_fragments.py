@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels.nf4 import NF4Weight
+from lorry.kernels.triton.common import DEFAULT_SMS, multiprocessors
 
 UNIT_ROWS = 16
 UNIT_BYTES = 512
@@ -28,7 +29,6 @@ SLAB_BYTES = 16 << 20  # of W in 16 bits, dequantized at a time: to stay in the 
 PROGRAMS_PER_SM = 4  # that the splits of K aim at
 LEAST_BLOCKS = 8  # of K in a split
 COUNTERS = 8  # of arrivals for each tile of W: tiles of x
-DEFAULT_SMS = 132  # of the GPU for which weights are laid out where there is none
 
 
 class Fragments:
@@ -91,8 +91,7 @@ class Fragments:
         """For the GPU that holds the parts."""
         device = parts[0].packed.device
         major, _ = torch.cuda.get_device_capability(device)
-        sms: int = torch.cuda.get_device_properties(device).multi_processor_count
-        return cls(parts, bias, sms=sms, lane_columns=2 if major in (9, 10) else 4)
+        return cls(parts, bias, sms=multiprocessors(device), lane_columns=2 if major in (9, 10) else 4)
 
     @property
     def parts(self) -> list[NF4Weight]:

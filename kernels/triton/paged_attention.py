@@ -28,14 +28,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorry.kernels.triton.common import FUSION, dot, rounded
+from lorry.kernels.nf4 import FLOAT_DTYPES
+from lorry.kernels.triton.common import FUSION, dot, multiprocessors, rounded
 
 BLOCK_SIZE = 16
 HEAD_DIMS = range(16, 257, 16)
@@ -44,8 +44,6 @@ DECODE_ROWS = 16  # of a tile, the least that tensor cores take
 LEAST_SPLIT = 256  # tokens
 MOST_SPLITS = 128
 REDUCE_SPLITS = 8  # that the reduction loads at once
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEFAULT_SMS = 132  # where there is no GPU
 
 
 @dataclass(frozen=True)
@@ -377,7 +375,7 @@ def _check(
     _, heads, width = q.shape
     _, kv_heads, block_size, cache_width = k_cache.shape
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}; paged attention takes float32, bfloat16 and float16")
     if k_cache.dtype is not v_cache.dtype or k_cache.shape != v_cache.shape:
         raise ValueError("k_cache and v_cache must have one shape and dtype")
@@ -395,10 +393,3 @@ def _check(
             raise ValueError(f"{name} must be int32 with a contiguous last dimension")
     if not scale > 0:
         raise ValueError(f"scale is {scale}; it must be positive")
-
-
-@lru_cache  # the question takes longer than a launch
-def multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return DEFAULT_SMS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -37,6 +37,7 @@ from lorry.kernels.triton.nf4_fragments import Fragments
 from lorry.kernels.triton.paged_attention import paged_attention
 from lorry.kernels.triton.rms_norm import rms_norm
 from lorry.kernels.triton.silu_mul import silu_mul
+from lorry.server.model.placement import Placement
 
 HIDDEN, HEADS, KV_HEADS, D, INTERMEDIATE, LAYERS, EPS = 192, 6, 2, 32, 320, 2, 1e-5
 WIDTHS = {
@@ -176,7 +177,8 @@ def test_two_layers_of_decoding(
     ]
     weights = [[Fragments(group, None) for group in layer] for layer in parts]
     if device == "cuda":
-        parts = [[[_to(part, device) for part in group] for group in layer] for layer in parts]
+        placement = Placement(torch.device(device))
+        parts = [[[placement.place(part) for part in group] for group in layer] for layer in parts]
         weights = [[Fragments.on_device(group, None) for group in layer] for layer in parts]
     norms = (1 + 0.1 * torch.randn(2, HIDDEN)).half().to(device)
     pages = adapters(device, 3)
@@ -207,12 +209,3 @@ def test_two_layers_of_decoding(
     assert relative_rms(actual, expected) < 4e-3
     assert relative_rms(actual, without) > 0.05
     assert relative_rms(actual[[0, 6]], without[[0, 6]]) < 1e-3  # rows of the base
-
-
-def _to(part: NF4Weight, device: str) -> NF4Weight:
-    tensors = {
-        name: value.to(device)
-        for name in ("packed", "absmax", "nested_absmax", "nested_code", "code")
-        if (value := getattr(part, name)) is not None
-    }
-    return replace(part, **tensors)

@@ -25,6 +25,7 @@ from lorry.kernels.triton import nf4_fragments as layout
 from lorry.kernels.triton import nf4_linear as gpu
 from lorry.kernels.triton.lora import lora_expand, lora_shrink
 from lorry.kernels.triton.nf4_fragments import Fragments
+from lorry.server.model.placement import Placement
 
 SIZES = {"one": [144], "fused": [208, 48, 16], "large": [272, 160]}
 COLUMNS = 5 * 64
@@ -32,22 +33,12 @@ COLUMNS = 5 * 64
 
 def weights(sizes: list[int], columns: int, device: str, double_quant: bool = True) -> list[NF4Weight]:
     torch.manual_seed(sum(sizes) + columns)
-    parts = []
+    parts, placement = [], Placement(torch.device(device))
     for place, size in enumerate(sizes):
         values = torch.randn(size, columns) * (1 + place) * 0.05
         values[0, :64] = 0  # an all-zero block
-        part = nf4.quantize(values, double_quant=double_quant)
-        parts.append(to(part, device))
+        parts.append(placement.place(nf4.quantize(values, double_quant=double_quant)))
     return parts
-
-
-def to(part: NF4Weight, device: str) -> NF4Weight:
-    tensors = {
-        name: value.to(device)
-        for name in ("packed", "absmax", "nested_absmax", "nested_code", "code")
-        if (value := getattr(part, name)) is not None
-    }
-    return replace(part, **tensors)
 
 
 def expected(x: torch.Tensor, parts: list[NF4Weight], bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
