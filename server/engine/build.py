@@ -46,6 +46,8 @@ class Types:
     products: Products
     kv_dtype: torch.dtype
     adapter_dtype: torch.dtype
+    ahead: bool
+    """Drive the device as a GPU wants it: the next step planned while one runs, inputs staged, decoding recorded."""
 
     @property
     def on_gpu(self) -> bool:
@@ -73,6 +75,7 @@ class Types:
             "int16" if config.dtype == "auto" and device.type == "cpu" else "float32",
             _dtype(config.kv_dtype, torch.bfloat16),
             _dtype(config.adapter_dtype, torch.bfloat16),
+            device.type == "cuda",
         )
 
 
@@ -113,7 +116,7 @@ def build_engine(config: EngineConfig, types: Types, decoder: Decoder, channel: 
     allocator = BlockAllocator(num_blocks)
     limits = Limits(config.max_running, token_budget(config, types), context_length)
     scheduler = Scheduler(limits, allocator, PrefixIndex(allocator), desk)
-    staging = Staging(types.device) if types.on_gpu else None
+    staging = Staging(types.device) if types.ahead else None
     runner = Runner(decoder, kv, pool.pages, staging, config.max_running)
     return Engine(
         channel,
@@ -122,7 +125,7 @@ def build_engine(config: EngineConfig, types: Types, decoder: Decoder, channel: 
         Sampling(),
         desk,
         model.eos_token_ids,
-        ahead=types.on_gpu,
+        ahead=types.ahead,
         debug_checks=config.debug_checks,
     )
 

@@ -54,9 +54,9 @@ class Answer:
 class LocalEngine:
     """`send` commands, `step` or `run`, read `answers`. Build it with a decoder that is loaded."""
 
-    def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
+    def __init__(self, decoder: Decoder, config: EngineConfig, types: Types | None = None) -> None:
         self.channel = LocalChannel()
-        self.types = Types.choose(config)
+        self.types = types or Types.choose(config)
         self.engine = build_engine(config, self.types, decoder, self.channel)
         self.answers: dict[str, Answer] = {}
         self.replies: dict[int, AdapterReply] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorry.kernels.lora import SITES
 from lorry.server.config import MIB, EngineConfig
+from lorry.server.engine.build import Types
 from lorry.server.engine.local import LocalEngine
 from lorry.server.engine.messages import AdapterRef, Generate, SamplingParams, StoppingParams
 from lorry.server.model.decoder import Decoder
@@ -85,10 +87,11 @@ Build = Callable[..., LocalEngine]
 
 @pytest.fixture
 def build(decoder: Decoder, adapters_dir: Path) -> Iterator[Build]:
-    """Engines in float32 throughout; keywords are EngineConfig's, `blocks` sets the KV memory."""
+    """Engines in float32 throughout; keywords are EngineConfig's, `blocks` sets the KV memory. ahead: driven as a GPU
+    is, with a CPU in its place."""
     engines: list[LocalEngine] = []
 
-    def make(blocks: int = 400, **changes: Any) -> LocalEngine:
+    def make(blocks: int = 400, *, ahead: bool = False, **changes: Any) -> LocalEngine:
         model = decoder.config
         config: dict[str, Any] = {
             "kv_dtype": "float32",
@@ -100,7 +103,8 @@ def build(decoder: Decoder, adapters_dir: Path) -> Iterator[Build]:
             "token_budget": 64,
             "debug_checks": True,
         }
-        engine = LocalEngine(decoder, EngineConfig(**config | changes))
+        chosen = EngineConfig(**config | changes)
+        engine = LocalEngine(decoder, chosen, replace(Types.choose(chosen), ahead=ahead))
         engines.append(engine)
         return engine
 

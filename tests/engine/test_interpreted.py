@@ -1,0 +1,82 @@
+"""The whole engine on a GPU's path, its kernels in Triton's interpreter: the CPU engine's tokens come out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorry.server.config import MIB, EngineConfig
+from lorry.server.engine.build import Types
+from lorry.server.engine.graphs import Bucket
+from lorry.server.engine.local import LocalEngine
+from lorry.server.model.load import load_model
+
+SHAPE = {
+    "vocab_size": 67,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 80,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0, 1.1 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_prompts_and_decoding_with_adapters_and_graphs(
+    small_folder: Path, tmp_path: Path, generate: Any, write_adapter: Any, request: pytest.FixtureRequest
+) -> None:
+    with torch.inference_mode():
+        decoder = load_model(str(small_folder))
+    for seed, (name, rank) in enumerate({"a": 5, "b": 19}.items()):
+        write_adapter(tmp_path / name, decoder, rank, seed)
+    config = EngineConfig(
+        kv_dtype="float32",
+        adapter_dtype="float32",
+        adapter_memory=2 * MIB,
+        adapters_dir=str(tmp_path),
+        kv_memory=1 * MIB,
+        max_running=4,
+        token_budget=32,
+        debug_checks=True,
+    )
+    requests = [
+        generate("base", [3, 5, 7], 4),
+        generate("one", list(range(2, 20)), 4, adapters={"a": 1.0}),
+        generate("mix", list(range(9, 31)), 3, adapters={"b": 0.5, "a": -0.75}),
+    ]
+    engine = LocalEngine(decoder, config)
+    expected = [answer.tokens() for answer in engine.generate(*requests)]
+    engine.close()
+    assert len({tuple(tokens) for tokens in expected}) == 3
+
+    request.getfixturevalue("interpreted")
+    with torch.inference_mode():
+        decoder = load_model(str(small_folder))
+    engine = LocalEngine(decoder, config, replace(Types.choose(config), ahead=True))
+    runner = engine.engine.runner
+    with torch.inference_mode():
+        assert list(runner.record([Bucket(4, 5, 0), Bucket(4, 5, 4)])) == [Bucket(4, 5, 4), Bucket(4, 5, 0)]
+    engine.run(*requests, timeout=300)
+    assert [engine.answers[request.request_id].tokens() for request in requests] == expected
+    engine.engine.check()
+    engine.close()
