@@ -158,11 +158,11 @@ class Engine:
             try:
                 return self._run([piece], [])
             except torch.OutOfMemoryError as error:
-                tokens = (piece.end - piece.start) // 2
-                if tokens < LEAST_TOKENS:
+                tokens = piece.end - piece.start
+                if tokens <= LEAST_TOKENS:
                     raise OutOfMemory("the device has no memory left for this request") from error
             torch.cuda.empty_cache()
-            piece = replace(piece, end=piece.start + tokens)
+            piece = replace(piece, end=piece.start + max(LEAST_TOKENS, tokens // 2))
 
     def _segments(self, runs: Runs) -> Segments:
         """The segments of a batch, with the bound of their pages where kernels are compiled for it."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from lorry.server.decoding.interface import Continuation, Row
@@ -13,6 +14,7 @@ from lorry.server.decoding.sampling import Sampling
 from lorry.server.engine.local import LocalEngine
 from lorry.server.engine.loop import MAX_FAULTS
 from lorry.server.engine.messages import Failed, FinishReason, Tokens
+from lorry.server.errors import OutOfMemory
 
 
 class Scripted(Sampling):
@@ -134,3 +136,43 @@ def test_an_engine_that_cannot_run_anything_gives_up(build: Any, generate: Any) 
     engine.send(generate("last", [4, 5]))
     with pytest.raises(RuntimeError, match="failed whole"):
         engine.step()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("room", [0, 17, 40])
+def test_short_memory_cuts_a_prompt_or_ends_its_request_alone(
+    build: Any, generate: Any, room: int, ahead: bool
+) -> None:
+    requests = [generate("long", list(range(3, 98)), 4), generate("short", [4, 9], 12)]
+    expected = build().generate(*requests)
+    engine: LocalEngine = build(ahead=ahead)
+    runner = engine.engine.runner
+    forward = runner.forward
+
+    def short(batch: Any) -> Any:
+        if any(piece.sequence.request.id == "long" and piece.end - piece.start > room for piece in batch.pieces):
+            raise torch.OutOfMemoryError
+        return forward(batch)
+
+    runner.forward = short  # type: ignore[method-assign]
+    long, other = engine.generate(*requests)
+    assert other.tokens() == expected[1].tokens()
+    if room:
+        assert long.tokens() == expected[0].tokens()
+    else:
+        assert isinstance(long.error, OutOfMemory) and "no memory left for this request" in long.error.message
+
+
+def test_a_lost_device_ends_the_engine(build: Any, generate: Any) -> None:
+    engine: LocalEngine = build()
+    forward = engine.engine.runner.forward
+
+    def lost(batch: Any) -> Any:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    engine.engine.runner.forward = lost  # type: ignore[method-assign]
+    engine.send(generate("any", [4, 5]))
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+    engine.engine.runner.forward = forward  # type: ignore[method-assign]
+    engine.run()
