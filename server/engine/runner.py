@@ -68,6 +68,8 @@ class Runner:
         output = Output.empty(rows, config.hidden_size, config.vocab_size, self.decoder.dtype, self.device)
         self.graphs = DecodeGraphs(self._compute_into, self._staging, buckets, output)
         yield from self.graphs.record(Recorder(self.device))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the recorder's stream took to launch each step once
 
     def prompt_logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first row, float32 logits) of `hidden` [R, H], SCORED_ROWS rows at a time."""

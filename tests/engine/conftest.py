@@ -32,6 +32,17 @@ SHAPE = {
     "max_position_embeddings": 300,
     "eos_token_id": 1,
 }
+SMALL = {
+    "vocab_size": 67,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1200,
+    "eos_token_id": 1,
+}
 RANKS = {"a": 3, "b": 16, "c": 17, "d": 5, "e": 40, "f": 1, "g": 8, "h": 33}
 
 
@@ -57,6 +68,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(7)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0, 1.1 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose shapes the Triton kernels serve."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -148,6 +173,6 @@ def _generate() -> Callable[..., Generate]:
     return generate
 
 
-@pytest.fixture(name="write_adapter")
+@pytest.fixture(name="write_adapter", scope="session")
 def _write_adapter() -> Callable[..., None]:
     return write_adapter

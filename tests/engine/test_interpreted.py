@@ -8,38 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorry.server.config import MIB, EngineConfig
 from lorry.server.engine.build import Types
 from lorry.server.engine.graphs import Bucket
 from lorry.server.engine.local import LocalEngine
 from lorry.server.model.load import load_model
-
-SHAPE = {
-    "vocab_size": 67,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 80,
-    "eos_token_id": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(0, 1.1 / parameter.shape[-1] ** 0.5)
-    model.save_pretrained(folder)
-    return folder
 
 
 def test_prompts_and_decoding_with_adapters_and_graphs(
