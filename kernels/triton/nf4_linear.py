@@ -152,18 +152,13 @@ def nf4_linear_kernel(
                 program, x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
                 LINEARS, SITES, PAGES, SPLITS, TILE_ROWS, STEP, STAGES,
             )  # fmt: skip
-        else:
-            _product(
-                program - shrinks, y, x, units, absmax, nested_absmax, nested_code, tables, w_tiles, parts, offsets,
-                bias, split_sums, arrived, M, N, blocks, blocks_per_split, stride_x, stride_y,
-                UNITS, ROWS, UNROLL, SPLITS_OF_K, STAGES, LANE_COLUMNS, NESTED_SHIFT, ROW_IN_GROUP, HAS_BIAS,
-            )  # fmt: skip
-    else:
-        _product(
-            program, y, x, units, absmax, nested_absmax, nested_code, tables, w_tiles, parts, offsets,
-            bias, split_sums, arrived, M, N, blocks, blocks_per_split, stride_x, stride_y,
-            UNITS, ROWS, UNROLL, SPLITS_OF_K, STAGES, LANE_COLUMNS, NESTED_SHIFT, ROW_IN_GROUP, HAS_BIAS,
-        )  # fmt: skip
+            return
+        program -= shrinks
+    _product(
+        program, y, x, units, absmax, nested_absmax, nested_code, tables, w_tiles, parts, offsets,
+        bias, split_sums, arrived, M, N, blocks, blocks_per_split, stride_x, stride_y,
+        UNITS, ROWS, UNROLL, SPLITS_OF_K, STAGES, LANE_COLUMNS, NESTED_SHIFT, ROW_IN_GROUP, HAS_BIAS,
+    )  # fmt: skip
 
 
 @triton.jit
