@@ -65,38 +65,31 @@ def shrink_tile(
         offset = tl.load(listed + 1 + page)
         if page < tl.load(listed):
             ranks, local = tl.arange(0, RANK), tl.arange(0, TILE_ROWS)
-            a = arena + tl.multiple_of(offset, 8)
-            x_row = x + start.to(tl.int64) * stride_x
-            width = tl.cdiv(tl.cdiv(in_features, SPLITS), STEP) * STEP
-            first = split * width
-            end = tl.minimum(first + width, in_features)
             if TILE_ROWS == 16:
                 k = tl.arange(0, SLICES)[:, None, None] * (STEP // SLICES) + tl.arange(0, STEP // SLICES)[None, None, :]
-                row_mask = (local < count)[None, :, None]
-                x_row += local[None, :, None] * stride_x + k
-                a += ranks[None, :, None] * in_features + k
-                sums = tl.zeros((SLICES, TILE_ROWS, RANK), tl.float32)
-                for at in tl.range(first, end, STEP, num_stages=STAGES):
-                    inside = at + k < in_features
-                    rows = tl.load(x_row + at, mask=row_mask & inside, other=0.0)
-                    page_a = tl.load(a + at, mask=inside, other=0.0)
-                    if x.dtype != arena.dtype:
-                        rows, page_a = rows.to(tl.float32), page_a.to(tl.float32)
-                    sums = dot(rows, tl.permute(page_a, (0, 2, 1)), sums)
-                total = tl.sum(sums, axis=0)
+                row, rank = local[None, :, None], ranks[None, :, None]
+                total = tl.zeros((SLICES, TILE_ROWS, RANK), tl.float32)
             else:
                 k = tl.arange(0, STEP)[None, :]
-                row_mask = (local < count)[:, None]
-                x_row += local[:, None] * stride_x + k
-                a += ranks[:, None] * in_features + k
+                row, rank = local[:, None], ranks[:, None]
                 total = tl.zeros((TILE_ROWS, RANK), tl.float32)
-                for at in tl.range(first, end, STEP, num_stages=STAGES):
-                    inside = at + k < in_features
-                    rows = tl.load(x_row + at, mask=row_mask & inside, other=0.0)
-                    page_a = tl.load(a + at, mask=inside, other=0.0)
-                    if x.dtype != arena.dtype:
-                        rows, page_a = rows.to(tl.float32), page_a.to(tl.float32)
+            row_mask = row < count
+            x_row = x + start.to(tl.int64) * stride_x + (row * stride_x + k)
+            a = arena + tl.multiple_of(offset, 8) + (rank * in_features + k)
+            width = tl.cdiv(tl.cdiv(in_features, SPLITS), STEP) * STEP
+            first = split * width
+            for at in tl.range(first, tl.minimum(first + width, in_features), STEP, num_stages=STAGES):
+                inside = at + k < in_features
+                rows = tl.load(x_row + at, mask=row_mask & inside, other=0.0)
+                page_a = tl.load(a + at, mask=inside, other=0.0)
+                if x.dtype != arena.dtype:
+                    rows, page_a = rows.to(tl.float32), page_a.to(tl.float32)
+                if TILE_ROWS == 16:
+                    total = dot(rows, tl.permute(page_a, (0, 2, 1)), total)
+                else:
                     total = dot(rows, page_a.T, total)
+            if TILE_ROWS == 16:
+                total = tl.sum(total, axis=0)
             place = (split.to(tl.int64) * capacity + start + local) * (SITES * PAGES) + site * PAGES + page
             tl.store(partial + place[:, None] * RANK + ranks[None, :], total, mask=(local < count)[:, None])
 
