@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(config: EngineConfig, channel: SocketChannel) -> None:
     torch.set_num_threads(config.threads or processors())
-    for kind in ("bf16", "fp16"):  # cuBLAS' parts of a sum stay float32
-        setattr(torch.backends.cuda.matmul, f"allow_{kind}_reduced_precision_reduction", False)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # cuBLAS' parts of a sum stay float32
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.manual_seed(config.seed)
     types = Types.choose(config)
     progress = _Progress(channel)
