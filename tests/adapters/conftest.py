@@ -21,7 +21,7 @@ from lorry.adapters.manager import AdapterManager
 from lorry.adapters.pool import PagePool
 from lorry.adapters.records import AdapterChanged, AdapterReply
 
-PATIENCE = 20.0  # seconds; only a hang takes that long
+PATIENCE = 60.0  # seconds; only a hang takes that long
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     read = loader.read_adapter
 
     def held(*args: Any) -> Any:
-        assert gate.wait(20)
+        assert gate.wait(60)
         return read(*args)
 
     monkeypatch.setattr(loader, "read_adapter", held)

@@ -58,7 +58,7 @@ def address() -> Iterator[str]:
             assert line.startswith("serving "), "the server did not start; its stderr says why"
             yield line.split(" on ", 1)[1].split(" ", 1)[0]
             server.send_signal(signal.SIGTERM)
-            assert server.wait(30) == 0
+            assert server.wait(60) == 0
         finally:
             with contextlib.suppress(ProcessLookupError):
                 server.kill()

@@ -42,7 +42,7 @@ def control(tiny_server: Any) -> Any:
 def nothing_is_left(control: Any) -> Iterator[None]:
     """After each test nothing runs, nothing waits; blocks that only the prefix index holds are free to take."""
     yield
-    limit = time.monotonic() + 5
+    limit = time.monotonic() + 60
     while True:
         load = control.GetLoad(ct.GetLoadRequest())
         if load.running == load.waiting == load.kv_blocks_used == 0:
@@ -71,7 +71,8 @@ def stream(stub: Any, text: str = "", prompt: str = "The ferry leaves", timeout:
     return stub.GenerateStream(gn.GenerateStreamRequest(spec=make(text, prompt)), timeout=timeout)
 
 
-LONG = "stopping { max_new_tokens: 400 ignore_eos: true }"
+MOST = 2000
+LONG = f"stopping {{ max_new_tokens: {MOST} ignore_eos: true }}"  # goes on while the next calls are made
 
 
 def details_of(error: Any) -> dict[str, Any]:
@@ -84,13 +85,14 @@ def details_of(error: Any) -> dict[str, Any]:
 
 
 def test_the_stream_is_the_answer(stub: Any) -> None:
-    whole = generate(stub).completions[0]
-    assert len(whole.token_ids) == 24
-    events = list(stream(stub))
+    some = "stopping { max_new_tokens: 400 ignore_eos: true }"
+    whole = generate(stub, some).completions[0]
+    assert len(whole.token_ids) == 400
+    events = list(stream(stub, some))
     assert events[0].WhichOneof("event") == "started"
     assert [event.WhichOneof("event") for event in events[1:-1]] == ["delta"] * (len(events) - 2)
     finished = events[-1].finished
-    assert (finished.reason, finished.usage.completion_tokens) == (gn.FINISH_REASON_LENGTH, 24)
+    assert (finished.reason, finished.usage.completion_tokens) == (gn.FINISH_REASON_LENGTH, 400)
     deltas = [event.delta for event in events[1:-1]]
     assert "".join(delta.text for delta in deltas) == whole.text
     assert [id for delta in deltas for id in delta.token_ids] == list(whole.token_ids)
@@ -283,11 +285,11 @@ def test_include_prompt(stub: Any) -> None:
 def test_time_limit_is_soft(stub: Any) -> None:
     answer = generate(stub, LONG[:-1] + " time_limit { nanos: 60000000 } }").completions[0]
     assert answer.reason == gn.FINISH_REASON_TIME_LIMIT
-    assert len(answer.token_ids) < 400
+    assert len(answer.token_ids) < MOST
 
 
 @pytest.mark.parametrize("phase", ["at once", "started", "first token", "mid stream", "unary"])
-def test_cancel(stub: Any, control: Any, phase: str) -> None:
+def test_cancel(stub: Any, phase: str) -> None:
     """The client leaves; `nothing_is_left` sees that everything of the request goes."""
     if phase == "unary":
         future = stub.Generate.future(gn.GenerateRequest(spec=make(LONG)))
@@ -295,14 +297,12 @@ def test_cancel(stub: Any, control: Any, phase: str) -> None:
         future.cancel()
         return
     call = stream(stub, LONG)
-    wanted = {"at once": 0, "started": 1, "first token": 2, "mid stream": 20}[phase]
-    for _ in range(wanted):
-        next(call)
-    began = time.monotonic()
+    if phase != "at once":
+        assert next(call).HasField("started")
+    tokens = 0
+    while tokens < {"first token": 1, "mid stream": 20}.get(phase, 0):
+        tokens += len(next(call).delta.token_ids)
     call.cancel()
-    while control.GetLoad(ct.GetLoadRequest()).running:
-        assert time.monotonic() - began < 2
-        time.sleep(0.01)
 
 
 def test_cancel_while_waiting_for_a_place(stub: Any, control: Any) -> None:
@@ -335,7 +335,7 @@ def test_abort_ends_with_what_is_there(stub: Any, control: Any) -> None:
     assert control.AbortRequest(ct.AbortRequestRequest(request_id="to-abort")).found
     events = list(call)
     assert events[-1].finished.reason == gn.FINISH_REASON_ABORTED
-    assert 0 < events[-1].finished.usage.completion_tokens < 400
+    assert 0 < events[-1].finished.usage.completion_tokens < MOST
     assert not control.AbortRequest(ct.AbortRequestRequest(request_id="to-abort")).found
 
 
@@ -385,7 +385,7 @@ def test_the_base_is_no_adapter(stub: Any, control: Any) -> None:
 
 def test_model_info_is_measured(control: Any) -> None:
     info = control.GetModelInfo(ct.GetModelInfoRequest())
-    assert (info.layers, info.hidden_size, info.vocab_size, info.context_length) == (3, 128, VOCAB, 512)
+    assert (info.layers, info.hidden_size, info.vocab_size, info.context_length) == (3, 128, VOCAB, 2048)
     assert list(info.eos_token_ids) == [1]
     assert (info.dtype, info.kv_dtype, info.adapter_dtype, info.device) == (
         "float32",

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -44,16 +43,22 @@ class Server:
         (pid,) = map(int, children)
         return pid
 
-    async def exit_code(self, seconds=5.0):
-        return await asyncio.wait_for(self.process.wait(), seconds)
+    async def until(self, status):
+        """Wait until health says `status`."""
+        async for answer in self.health.Watch(health_pb2.HealthCheckRequest(), timeout=60):
+            if answer.status == status:
+                return
+
+    async def exit_code(self):
+        return await asyncio.wait_for(self.process.wait(), 60)
 
 
 def read(url):
-    with urllib.request.urlopen(url, timeout=5) as page:
+    with urllib.request.urlopen(url, timeout=60) as page:
         return page.read().decode()
 
 
-async def spawn(script="", drain_timeout=30.0, port=0):
+async def spawn(script="", drain_timeout=600.0, port=0):
     return await asyncio.create_subprocess_exec(
         sys.executable,
         str(Path(__file__).with_name("serve_fake.py")),
@@ -69,7 +74,7 @@ async def spawn(script="", drain_timeout=30.0, port=0):
 async def server(*args, **options):
     process = await spawn(*args, **options)
     try:
-        line = (await asyncio.wait_for(process.stdout.readline(), 20)).decode()
+        line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
         assert line.startswith("serving"), line + (await process.stderr.read()).decode()
         async with grpc.aio.insecure_channel(re.search(r" on (\S+)", line)[1]) as channel:
             yield Server(process, line, channel)
@@ -77,12 +82,6 @@ async def server(*args, **options):
         if process.returncode is None:
             process.kill()
             await process.wait()
-
-
-async def until_serving(serving):
-    async for answer in serving.health.Watch(health_pb2.HealthCheckRequest()):
-        if answer.status == SERVING:
-            return
 
 
 async def test_serve_until_sigterm():
@@ -132,10 +131,11 @@ async def test_a_second_signal_leaves_at_once():
         await stream.read()
         engine = serving.engine_pid()
         serving.process.send_signal(signal.SIGINT)
-        await asyncio.sleep(0.2)
+        await serving.until(NOT_SERVING)
+        await stream.read()
         assert serving.process.returncode is None
         serving.process.send_signal(signal.SIGTERM)
-        assert await serving.exit_code(3.0) == 128 + signal.SIGTERM
+        assert await serving.exit_code() == 128 + signal.SIGTERM
         with pytest.raises(ProcessLookupError):
             os.kill(engine, 0)
 
@@ -144,21 +144,21 @@ async def test_the_death_of_the_engine_is_seen_by_clients_and_healed():
     async with server() as serving:
         stream = aiter(serving.stream(FOREVER))
         await anext(stream)
+        watch = aiter(serving.health.Watch(health_pb2.HealthCheckRequest(), timeout=60))
+        assert (await anext(watch)).status == SERVING
         os.kill(serving.engine_pid(), signal.SIGKILL)
-        begin = time.monotonic()
-        with pytest.raises(grpc.aio.AioRpcError) as died:
-            async for _ in stream:
-                pass
-        assert time.monotonic() - begin < 1.0
+        async with asyncio.timeout(60):
+            with pytest.raises(grpc.aio.AioRpcError) as died:
+                async for _ in stream:
+                    pass
         assert died.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert await serving.status() == NOT_SERVING
-        await asyncio.wait_for(until_serving(serving), 10)
+        assert [(await anext(watch)).status for _ in range(2)] == [NOT_SERVING, SERVING]
         assert [event async for event in serving.stream(ECHO, 30)]
 
 
 async def test_an_engine_that_never_gets_ready_is_the_servers_end():
     process = await spawn("fail")
-    out, err = await asyncio.wait_for(process.communicate(), 20)
+    out, err = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 1
     assert b"there is no model 'fail'" in err
     assert b"Traceback" not in err and out == b""
@@ -167,7 +167,7 @@ async def test_an_engine_that_never_gets_ready_is_the_servers_end():
 async def test_a_taken_port_is_the_servers_end():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         process = await spawn(port=taken.getsockname()[1])
-        out, err = await asyncio.wait_for(process.communicate(), 20)
+        out, err = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 1
     assert b"taken" in err and b"Traceback" not in err and out == b""
 
@@ -178,4 +178,4 @@ async def test_a_signal_while_the_engine_loads_leaves_with_0():
         if b"hanging" in line:
             break
     process.send_signal(signal.SIGTERM)
-    assert await asyncio.wait_for(process.wait(), 10) == 0
+    assert await asyncio.wait_for(process.wait(), 60) == 0

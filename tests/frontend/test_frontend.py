@@ -21,6 +21,7 @@ from lorry.server.errors import (
     PromptTooLong,
     QueueFull,
 )
+from lorry.server.frontend import frontend as frontend_module
 from lorry.server.frontend.engine_process import EngineFailed
 from lorry.server.frontend.interface import ChangeKind, State
 from lorry.server.frontend.request import (
@@ -47,7 +48,7 @@ async def collect(frontend, wish):
         return [event async for event in handle]
 
 
-async def until(condition, seconds=5.0):
+async def until(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -91,10 +92,9 @@ async def test_an_early_end_tells_the_engine_once(serving, seen, how):
         handle = await frontend.submit(request(FOREVER, deadline=deadline))
         reader = asyncio.create_task(anext_of(handle))
         if how == "deadline":
-            begin = time.monotonic()
             with pytest.raises(DeadlineExceeded):
-                await reader
-            assert 0.2 < time.monotonic() - begin < 1.0
+                await asyncio.wait_for(reader, 60)
+            assert time.time() > deadline - 0.1
         elif how == "cancel":
             await asyncio.sleep(0.1)
             reader.cancel()
@@ -103,8 +103,8 @@ async def test_an_early_end_tells_the_engine_once(serving, seen, how):
         handle.close()
         handle.abort()
         assert frontend.load().in_flight == 0
-        await until(lambda: seen("Abort"))
-        await asyncio.sleep(0.05)
+        await collect(frontend, request(ECHO, 30))
+        await until(lambda: len(seen("Generate")) == 2)
         assert len(seen("Abort")) == 1
         assert frontend.state is State.SERVING
 
@@ -226,12 +226,11 @@ async def test_death_ends_every_request_and_the_engine_comes_back(serving):
         first_pid = frontend.engine_pid
         handles = [await frontend.submit(request(kind)) for kind in (FOREVER, FOREVER, STALL)]
         os.kill(first_pid, signal.SIGKILL)
-        begin = time.monotonic()
-        for handle in handles:
-            with pytest.raises(EngineUnavailable):
-                await anext_of(handle)
-        assert time.monotonic() - begin < 1.0
-        assert frontend.state is State.DOWN
+        async with asyncio.timeout(60):
+            for handle in handles:
+                with pytest.raises(EngineUnavailable):
+                    await anext_of(handle)
+        assert frontend.state is State.DOWN, "they did not end before the engine was back"
         with pytest.raises(EngineUnavailable, match="started again"):
             await frontend.submit(request(ECHO, 30))
         await until(lambda: frontend.state is State.SERVING)
@@ -290,11 +289,12 @@ async def test_adapters_are_loaded_watched_and_restored(serving, seen):
             await adapters.list()
         await until(lambda: frontend.state is State.SERVING)
         assert [(info.id, info.pinned) for info in await adapters.list()] == [("a", True)]
-        assert "replace=True" in seen("LoadAdapter")[-1]
+        await until(lambda: "replace=True" in seen("LoadAdapter")[-1])
         follower.cancel()
 
 
-async def test_a_drain_lets_streams_finish_and_then_ends_them(serving):
+async def test_a_drain_lets_streams_finish_and_then_ends_them(serving, monkeypatch):
+    monkeypatch.setattr(frontend_module, "LAST_READ_SECONDS", 600.0)
     async with serving(drain_timeout=30.0) as frontend:
         handle = await frontend.submit(request(FOREVER))
         assert frontend.drain() == 1
@@ -308,14 +308,15 @@ async def test_a_drain_lets_streams_finish_and_then_ends_them(serving):
         assert frontend.drain(0.2) == 1
         *_, end = [event async for event in handle]
         assert end.reason is FinishReason.ABORTED
-        await asyncio.wait_for(waiter, 1)
+        await asyncio.wait_for(waiter, 60)
 
 
-async def test_a_drain_does_not_wait_for_a_reader_that_stalls(serving):
+async def test_a_drain_does_not_wait_for_a_reader_that_stalls(serving, monkeypatch):
+    monkeypatch.setattr(frontend_module, "LAST_READ_SECONDS", 0.1)
     async with serving() as frontend:
         await frontend.submit(request(FOREVER))
         frontend.drain(0.1)
-        await asyncio.wait_for(frontend.drained(), 2)
+        await asyncio.wait_for(frontend.drained(), 60)
         assert frontend.load().in_flight == 1
 
 

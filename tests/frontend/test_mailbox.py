@@ -20,7 +20,7 @@ async def drain(mailbox):
     events = []
     while True:
         try:
-            events.append(await asyncio.wait_for(mailbox.get(), 1))
+            events.append(await asyncio.wait_for(mailbox.get(), 60))
         except StopAsyncIteration:
             return events
 

@@ -134,7 +134,7 @@ def test_the_page_is_served_while_asked_for():
     metrics = Metrics()
     with metrics_page(metrics, "127.0.0.1", 0) as port:
         url = f"http://127.0.0.1:{port}/metrics"
-        body = urllib.request.urlopen(url, timeout=5).read().decode()
+        body = urllib.request.urlopen(url, timeout=60).read().decode()
         assert "lorry_engine_up 0.0" in body
         with pytest.raises(OSError), metrics_page(metrics, "127.0.0.1", port):
             pass

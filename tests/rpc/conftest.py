@@ -275,12 +275,22 @@ async def channel(server: RunningServer) -> AsyncIterator[grpc.aio.Channel]:
         yield open_channel
 
 
-async def soon(condition: Any, seconds: float = 5.0) -> None:
+async def soon(condition: Any, seconds: float = 60.0) -> None:
     """Wait until `condition()` holds; fail after `seconds`."""
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, "it did not come true in time"
         await asyncio.sleep(0.005)
+
+
+async def settled(queue: asyncio.Queue[Any]) -> int:
+    """The length of `queue` once it has been the same for half a second."""
+    length, since = queue.qsize(), time.monotonic()
+    while time.monotonic() - since < 0.5:
+        await asyncio.sleep(0.02)
+        if queue.qsize() != length:
+            length, since = queue.qsize(), time.monotonic()
+    return length
 
 
 class Helpers:
@@ -291,6 +301,7 @@ class Helpers:
     events_of = staticmethod(events_of)
     adapter_info = staticmethod(adapter_info)
     soon = staticmethod(soon)
+    settled = staticmethod(settled)
 
 
 @pytest.fixture

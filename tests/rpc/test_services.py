@@ -96,7 +96,7 @@ async def test_deadline_reaches_the_request(frontend: Any, generation: Any) -> N
     call = generation.GenerateStream(stream_request(), timeout=60)
     handle = await frontend.handles.get()
     assert 50 < handle.request.deadline - time.time() <= 60
-    assert abs(handle.request.arrival - time.time()) < 5
+    assert abs(handle.request.arrival - time.time()) < 10
     call.cancel()
     without = generation.GenerateStream(stream_request())
     handle = await frontend.handles.get()
@@ -112,7 +112,7 @@ async def test_cancel_closes_the_handle(frontend: Any, generation: Any, helpers:
     for _ in range(events):
         await call.read()
     call.cancel()
-    await asyncio.wait_for(handle.closed.wait(), 2)
+    await asyncio.wait_for(handle.closed.wait(), 60)
 
 
 async def test_lost_client_closes_the_handle(frontend: Any, server: Any) -> None:
@@ -122,17 +122,18 @@ async def test_lost_client_closes_the_handle(frontend: Any, server: Any) -> None
     )
     handle = await frontend.handles.get()
     await lost.close()
-    await asyncio.wait_for(handle.closed.wait(), 2)
+    await asyncio.wait_for(handle.closed.wait(), 60)
     assert call.done()
 
 
 async def test_deadline_closes_the_handle_and_is_counted(frontend: Any, generation: Any, helpers: Any) -> None:
-    call = generation.GenerateStream(stream_request(), timeout=0.3)
-    handle = await frontend.handles.get()
+    await generation.Tokenize(gn.TokenizeRequest(text="x"))  # the channel is open before the time runs
+    call = generation.GenerateStream(stream_request(), timeout=0.5)
+    handle = await asyncio.wait_for(frontend.handles.get(), 60)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    await asyncio.wait_for(handle.closed.wait(), 2)
+    await asyncio.wait_for(handle.closed.wait(), 60)
     counted = 'code="DEADLINE_EXCEEDED",method="/lorry.v1.GenerationService/GenerateStream"} 1.0'
     await helpers.soon(lambda: counted in frontend.metrics.page().decode())
 
@@ -145,29 +146,27 @@ async def test_a_cancelled_call_is_counted(frontend: Any, generation: Any, helpe
     await helpers.soon(lambda: counted in frontend.metrics.page().decode())
 
 
-async def test_stalled_reader_holds_back_the_stream(frontend: Any, generation: Any) -> None:
+async def test_stalled_reader_holds_back_the_stream(frontend: Any, generation: Any, helpers: Any) -> None:
     """Once the transport's window (some MB) is full, events stay with the handle, which joins them."""
     call = generation.GenerateStream(stream_request())
     handle = await frontend.handles.get()
     piece = Delta(0, "x" * 100_000, (1,))
     handle.put(*[piece] * 500)
-    await asyncio.sleep(0.5)
-    held = handle.queue.qsize()
-    assert held > 300
-    await asyncio.sleep(0.2)
-    assert handle.queue.qsize() == held
+    assert await helpers.settled(handle.queue) > 300
     call.cancel()
-    await asyncio.wait_for(handle.closed.wait(), 2)
+    await asyncio.wait_for(handle.closed.wait(), 60)
 
 
-async def test_cancel_while_a_write_is_held_back_closes_the_handle(frontend: Any, generation: Any) -> None:
+async def test_cancel_while_a_write_is_held_back_closes_the_handle(
+    frontend: Any, generation: Any, helpers: Any
+) -> None:
     call = generation.GenerateStream(stream_request())
     handle = await frontend.handles.get()
     handle.put(*(Delta(0, "x" * 200_000, (1,)) for _ in range(50)))
-    await asyncio.sleep(0.2)
+    assert await helpers.settled(handle.queue) > 0
     assert not handle.closed.is_set()
     call.cancel()
-    await asyncio.wait_for(handle.closed.wait(), 2)
+    await asyncio.wait_for(handle.closed.wait(), 60)
 
 
 def details_of(error: grpc.aio.AioRpcError) -> dict[str, Any]:
@@ -255,7 +254,7 @@ async def test_message_size_is_limited(generation: Any) -> None:
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_calls_are_counted(frontend: Any, channel: grpc.aio.Channel, generation: Any) -> None:
+async def test_calls_are_counted(frontend: Any, channel: grpc.aio.Channel, generation: Any, helpers: Any) -> None:
     await generation.Tokenize(gn.TokenizeRequest(text="x"))
     with pytest.raises(grpc.aio.AioRpcError):
         await generation.Tokenize(gn.TokenizeRequest())
@@ -263,11 +262,14 @@ async def test_calls_are_counted(frontend: Any, channel: grpc.aio.Channel, gener
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await channel.unary_unary(name)(b"")
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
-    page = frontend.metrics.page().decode()
     tokenize = "/lorry.v1.GenerationService/Tokenize"
-    assert f'lorry_grpc_requests_total{{code="OK",method="{tokenize}"}} 1.0' in page
-    assert f'lorry_grpc_requests_total{{code="INVALID_ARGUMENT",method="{tokenize}"}} 1.0' in page
-    assert 'lorry_grpc_requests_total{code="UNIMPLEMENTED",method="other"} 2.0' in page
+    for labels, calls in (
+        (f'code="OK",method="{tokenize}"', 1),
+        (f'code="INVALID_ARGUMENT",method="{tokenize}"', 1),
+        ('code="UNIMPLEMENTED",method="other"', 2),
+    ):
+        line = f"lorry_grpc_requests_total{{{labels}}} {calls}.0"
+        await helpers.soon(lambda line=line: line in frontend.metrics.page().decode())
 
 
 async def test_score_tokenize_detokenize(frontend: Any, generation: Any) -> None:
@@ -353,7 +355,7 @@ async def test_watch_adapters(frontend: Any, adapters: Any, server: Any, helpers
     for call in calls[:2]:
         change = await call.read()
         assert (change.type, change.adapter.id) == (ad.ADAPTER_EVENT_TYPE_REMOVED, "b")
-    await asyncio.wait_for(server.stop(5), 2)
+    await asyncio.wait_for(server.stop(600), 60)
     for call in calls[:2]:
         assert await call.read() is grpc.aio.EOF
         assert await call.code() == grpc.StatusCode.OK
