@@ -82,6 +82,7 @@ def _serve(config: EngineConfig, channel: SocketChannel) -> None:
             dtype=types.dtype,
             products=types.products,
             context_length=config.context_length,
+            load_format=config.load_format,
             progress=progress,
         )
         progress("warm up", 0, 3)

@@ -247,6 +247,8 @@ class EngineFrontend:
         command = generate_command(request, entry.wire_id, token_ids, self.model_info)
         if score_from is not None:
             command = msgspec.structs.replace(command, prompt_logprobs_from=score_from)
+        if request.stopping.stop and not tokenizer.knows_text:
+            raise InvalidField("the model has no tokenizer: stop at stop_token_ids", field="stopping.stop")
         stop = StopStrings(request.stopping.stop) if request.stopping.stop else None
         outputs = [
             SequenceOutput(

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders
+from tokenizers import decoders, models
 
 from lorry.server.errors import InvalidField
 from lorry.server.frontend import chat_template
 from lorry.server.frontend.detokenize import ByteLevelDetokenizer, Detokenizer, OffsetDetokenizer
 from lorry.server.frontend.request import ChatPrompt, TextPrompt
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -41,6 +43,11 @@ class Tokenizer:
         )
         self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {}  # of the tokens that were shown so far
+
+    @property
+    def knows_text(self) -> bool:
+        """Whether there is any text: see NoTokenizer."""
+        return True
 
     @property
     def has_chat_template(self) -> bool:
@@ -89,8 +96,33 @@ def _bytes_of(token: str) -> bytes:
     return token.encode() if -1 in values else bytes(values)
 
 
+class NoTokenizer(Tokenizer):
+    """Of a model folder without one: token ids go in and out, the text of an answer is empty, text is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(Backend(models.WordLevel({}, "")))
+
+    @property
+    def knows_text(self) -> bool:
+        return False
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        raise InvalidField("the model has no tokenizer: send token ids", field="prompt")
+
+    def render(self, prompt: ChatPrompt) -> str:
+        raise InvalidField("the model has no tokenizer: send token ids", field="prompt")
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        raise InvalidField("the model has no tokenizer, so token ids have no text", field="token_ids")
+
+    def detokenizer(self, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
+        return ByteLevelDetokenizer(lambda _: b"")
+
+
 def from_folder(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder. Raises ValueError for a folder that has none that `tokenizers` can run."""
+    if not any((folder / name).is_file() for name in FILES):
+        return NoTokenizer()
     path = folder / "tokenizer.json"
     if path.is_file():
         return Tokenizer(Backend.from_file(str(path)), chat_template.from_folder(folder))

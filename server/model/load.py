@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from lorry.kernels.nf4_linear import Products
+from lorry.server.config import LoadFormat
 from lorry.server.model.config import ModelConfig
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.digests import verify_digests
 from lorry.server.model.errors import MalformedCheckpoint, UnsupportedModel
 from lorry.server.model.quantizing import QuantizingCheckpoint
 from lorry.server.model.readers.bitsandbytes import BitsandbytesCheckpoint, check_quantization
+from lorry.server.model.readers.dummy import DummyCheckpoint, dummy_folder
 from lorry.server.model.readers.safetensors import SafetensorsCheckpoint, read_json
 from lorry.server.model.store import DEFAULT_MODEL, convert_gguf, default_gguf, forget_converted, resolve_model
 from lorry.server.model.weights import Checkpoint
@@ -41,14 +43,28 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     products: Products = "float32",
     context_length: int | None = None,
+    load_format: LoadFormat = "auto",
     progress: Progress | None = None,
 ) -> Decoder:
     """Load `source` (see `resolve_model`) for computing in `dtype` on `device`, with NF4 `products` of that kind.
+
+    load_format "dummy": random weights of the shape that the config.json in folder `source` tells.
 
     `context_length` shortens the model's own. `progress(stage, done, total)` has the stages "quantize" and
     "load", counted in layers. A converted model whose files do not match their digests is converted again.
     Raises ModelNotFound, UnsupportedModel, MalformedCheckpoint.
     """
+    if load_format == "dummy":
+        checkpoint: Checkpoint = DummyCheckpoint(read_config(dummy_folder(source))[0], device)
+    else:
+        checkpoint = open_checkpoint(_verified(source, progress), device)
+    return Decoder.from_checkpoint(
+        checkpoint, device=device, dtype=dtype, products=products, context_length=context_length, progress=progress
+    )
+
+
+def _verified(source: str, progress: Progress | None) -> Path:
+    """The folder of `source`, whose files match their digests."""
     folder = resolve_model(source, progress=progress)
     try:
         verify_digests(folder)
@@ -56,10 +72,7 @@ def load_model(
         if not forget_converted(folder):
             raise
         folder = resolve_model(source, progress=progress)
-    checkpoint = open_checkpoint(folder, device)
-    return Decoder.from_checkpoint(
-        checkpoint, device=device, dtype=dtype, products=products, context_length=context_length, progress=progress
-    )
+    return folder
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:

@@ -131,3 +131,9 @@ def tiny_server(tiny_model: Path) -> Iterator[LiveServer]:
     """One server of the tiny model for all tests that leave it as they find it; everything in float32."""
     with live_server(tiny_model, ["--kv-dtype", "float32", "--kv-memory", "16MiB", "--threads", "1"]) as server:
         yield server
+
+
+@pytest.fixture(name="live_server", scope="session")
+def _live_server() -> Any:
+    """`live_server` of this file."""
+    return live_server
