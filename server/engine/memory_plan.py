@@ -15,7 +15,7 @@ from lorry.server.config import GIB, MIB
 from lorry.server.errors import InvalidField
 
 SPARE = 512 * MIB  # for the kernels' code and for what rounding the cache's tensors up takes; not yet measured
-GRAPH = 4 * MIB  # that the driver keeps for a recorded graph; not yet measured
+GRAPH = 2 * MIB  # that the driver keeps for a recorded graph; not yet measured
 
 
 @dataclass(frozen=True, slots=True)
