@@ -7,13 +7,21 @@ report_late(…)                        from now on, says what is compiled all t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import triton
+
+
+def keep_in(folder: Path) -> None:
+    """Have Triton keep its compilations in `folder`, unless $TRITON_CACHE_DIR says where."""
+    if "TRITON_CACHE_DIR" not in os.environ:
+        triton.knobs.cache.dir = str(folder)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,17 @@ def check_fraction(gpu_memory_fraction: float) -> None:
         )
 
 
+def check_adapter_memory(taken: Taken, adapter_memory: int) -> None:
+    """Raises InvalidField where so many bytes of pages do not fit beside what is taken."""
+    there = taken.total - taken.others - SPARE - taken.weights
+    if adapter_memory > there:
+        raise InvalidField(
+            f"adapter_memory is {size(adapter_memory)}, but {_holds(taken)}, which leaves {size(there)} after "
+            f"{size(taken.weights)} of weights; lower it",
+            field="adapter_memory",
+        )
+
+
 def kv_blocks(
     taken: Taken,
     bytes_per_block: int,
@@ -77,7 +88,7 @@ def kv_blocks(
             raise InvalidField(f"kv_memory is {size(kv_memory)}, but {block}; raise it", field="kv_memory")
         if blocks * bytes_per_block > there - taken.own:
             raise InvalidField(
-                f"kv_memory is {size(kv_memory)}, but {_holds(taken)}, {_leaves(there, taken, block)}; "
+                f"kv_memory is {size(kv_memory)}, but {_holds(taken)}, which {_leaves(there, taken, block)}; "
                 "lower it or adapter_memory",
                 field="kv_memory",
             )
@@ -86,7 +97,7 @@ def kv_blocks(
         return min(left // bytes_per_block, most)
     if there < share:
         raise InvalidField(
-            f"{_holds(taken)}, {_leaves(there, taken, block)}; free some of it or lower adapter_memory",
+            f"{_holds(taken)}, which {_leaves(there, taken, block)}; free some of it or lower adapter_memory",
             field="gpu_memory_fraction",
         )
     raise InvalidField(
@@ -97,7 +108,7 @@ def kv_blocks(
 
 
 def _holds(taken: Taken) -> str:
-    return f"{size(taken.others)} of the GPU's {size(taken.total)} are in use by others, which"
+    return f"{size(taken.others)} of the GPU's {size(taken.total)} are in use by others"
 
 
 def _leaves(budget: int, taken: Taken, block: str) -> str:

@@ -6,7 +6,7 @@ Steps run on a cache of one block, which they do not write, and name no adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,9 +76,13 @@ class Rehearsal:
     @torch.inference_mode()
     def choose(self, logits: torch.Tensor) -> None:
         """Choose the next token of each row, the kinds of requests in turn, all of which want log-probabilities."""
-        rows = [_row(number) for number in range(min(len(logits), self._limits.max_running))]
-        last = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
-        self._strategy.begin(rows, logits[: len(rows)], [0] * len(rows), last).continuations()
+        rows = [_row(number, logits.shape[1]) for number in range(min(len(logits), self._limits.max_running))]
+        logits = logits[: len(rows)]
+        if all(map(self._strategy.can_begin, rows)):
+            last = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
+            self._strategy.begin(rows, logits, [0] * len(rows), last).continuations()
+        else:
+            self._strategy.decide(rows, logits)
         for row in rows:
             self._strategy.release(row.key)
 
@@ -95,15 +99,19 @@ class Rehearsal:
         for shape in warm_up_shapes(self._limits):
             self.forward(shape)
 
-    def warm_up(self, progress: Progress) -> None:
-        """Launch every kernel."""
-        shapes = warm_up_shapes(self._limits)
-        for done, shape in enumerate(shapes):
-            progress("warm up", done, len(shapes))
+    @property
+    def steps(self) -> int:
+        """Of the warm-up."""
+        return len(warm_up_shapes(self._limits))
+
+    def warm_up(self, done: Callable[[int], None]) -> None:
+        """Launch every kernel; done(number of steps)."""
+        for number, shape in enumerate(warm_up_shapes(self._limits)):
+            done(number)
             logits = self.forward(shape)
             if len(set(shape.lengths)) == 1:
                 self.choose(logits)
-        progress("warm up", len(shapes), len(shapes))
+        done(self.steps)
 
     def measure(self, memory: DeviceMemory) -> Peaks:
         return Peaks(memory.peak(self._two_steps), memory.peak(self._decode_alone))
@@ -118,8 +126,8 @@ class Rehearsal:
         self.forward(self._decode)
 
 
-def _row(number: int) -> Row:
+def _row(number: int, vocabulary: int) -> Row:
     """Of a request that is not there, with a key that no sequence has."""
-    tokens: Sequence[int] = (0,)
-    sampling = SAMPLING[number % len(SAMPLING)]
-    return Row(-1 - number, -1 - number, 0, tokens, (), sampling, StoppingParams(1), logprobs=LOGPROBS)
+    key, tokens = -1 - number, list[int]()
+    sampling, stopping = SAMPLING[number % len(SAMPLING)], StoppingParams(1)
+    return Row(key, key, 0, [0], tokens, sampling, stopping, logprobs=min(LOGPROBS, vocabulary))

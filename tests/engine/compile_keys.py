@@ -1,9 +1,9 @@
-"""What the warm-up has Triton compile, and what random steps of serving would: for a GPU that need not be there.
+"""What the warm-up has Triton compile, and what steps of serving would, for a GPU that need not be there.
 
-    python compile_keys.py MODEL_FOLDER OUTPUT.json [--compile FOLDER]
+    python compile_keys.py MODEL_FOLDER CACHE_FOLDER OUTPUT.json
 
-A stand-in for Triton's driver says "sm_90"; tensors are in host memory, where pointers are as well aligned; kernels are
-noted instead of launched. Runs in a process of its own, since Triton's interpreter must be off.
+A stand-in for Triton's driver says "sm_90"; tensors are in host memory, where they are as well aligned; kernels are
+noted instead of launched. A process of its own, since Triton's interpreter must be off.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,22 +23,27 @@ from triton.backends.compiler import GPUTarget
 
 from lorry.adapters.pool import PagePool
 from lorry.kernels import dispatch
-from lorry.kernels.lora import Segments
-from lorry.kernels.triton.compilations import noted
+from lorry.kernels.lora import AdapterPages, Segments
+from lorry.kernels.triton.compilations import Compilation, compile_noted, keep_in, noted, report_late
 from lorry.kernels.triton.nf4_fragments import Fragments
 from lorry.server.cache import kv_cache
 from lorry.server.cache.blocks import blocks_for
 from lorry.server.config import MIB
 from lorry.server.decoding.sampling import Sampling
+from lorry.server.engine.graphs import all_buckets, idle_step, padded
 from lorry.server.engine.rehearsal import Rehearsal
 from lorry.server.engine.scheduler import Limits
+from lorry.server.engine.staging import Staging
 from lorry.server.engine.warm_up import most_rows
+from lorry.server.model.decoder import Decoder
 from lorry.server.model.inputs import ModelInputs
 from lorry.server.model.load import load_model
 
-BATCHES = 200
+BATCHES = 100
 TARGET = GPUTarget("cuda", 90, 32)
 LIMITS = (Limits(5, 40, 300), Limits(64, 700, 300), Limits(70, 1100, 4096))
+
+Keys = list[tuple[str, str]]
 
 
 def caches(blocks: int, heads: int, size: int, width: int, dtype: torch.dtype, device: object) -> Any:
@@ -46,7 +52,7 @@ def caches(blocks: int, heads: int, size: int, width: int, dtype: torch.dtype, d
 
 def random_step(limits: Limits, draw: random.Random) -> ModelInputs:
     """A step that the scheduler could plan: mixes of decoding and prompts, some with adapters."""
-    left, lengths = most_rows(limits), list[int]()
+    left, lengths = min(most_rows(limits), int(2 ** draw.uniform(0, 12))), list[int]()
     for _ in range(draw.randint(1, limits.max_running)):
         share = 1 if draw.random() < 0.7 else draw.choice((2, 3, 5, 17, 40, 64, 65, 300, 511, 512, 513, 2048))
         lengths.append(min(share, limits.context_length, left))
@@ -59,9 +65,11 @@ def random_step(limits: Limits, draw: random.Random) -> ModelInputs:
     if draw.random() < 0.6:
         bounds = sorted({0, sum(lengths), *draw.sample(starts.tolist(), draw.randint(0, len(lengths)))})
         combos = (len(bounds) - 1, draw.randint(1, 8))
-        pages = draw.choice((1, 2, 3, 4, 16, 17, 64, 128))
         segments = Segments(
-            torch.tensor(bounds, dtype=torch.int32), torch.zeros(combos).int(), torch.ones(combos), pages
+            torch.tensor(bounds, dtype=torch.int32),
+            torch.zeros(combos).int(),
+            torch.ones(combos),
+            draw.choice((1, 2, 3, 4, 16, 17, 64, 128)),
         )
     return ModelInputs(
         token_ids=torch.zeros(sum(lengths), dtype=torch.int64),
@@ -76,41 +84,72 @@ def random_step(limits: Limits, draw: random.Random) -> ModelInputs:
     )
 
 
-def keys(limits: Limits, folder: str, draw: random.Random) -> dict[str, list[list[str]]]:
-    decoder = load_model(folder, dtype=torch.bfloat16)
-    model = decoder.config
-    pool = PagePool(decoder.layout, 4 * MIB, torch.bfloat16)
+def steps_of(limits: Limits, draw: random.Random) -> Iterator[ModelInputs]:
+    """Some of serving, then all that are recorded as graphs, as they come to the device."""
+    staging = Staging(torch.device("cpu"))
+    for _ in range(BATCHES):
+        yield staging.upload(random_step(limits, draw))
+    for bucket in all_buckets(limits.max_running, blocks_for(limits.context_length)):
+        yield staging.upload(padded(idle_step(), bucket))
+
+
+def of_warm_up(decoder: Decoder, tables: AdapterPages, limits: Limits) -> dict[tuple[str, str], Compilation]:
     rehearsal = Rehearsal(
-        decoder, pool.pages, Sampling(), limits, torch.bfloat16, adapters=8, pages=128, graph_pages=16, logits_rows=64
+        decoder, tables, Sampling(), limits, torch.bfloat16, adapters=8, pages=128, graph_pages=16, logits_rows=64
     )
-    found = {}
     with noted() as wanted:
         rehearsal.launch_all()
-    found["warm-up"] = [list(key) for key in wanted]
+    return wanted
+
+
+def of_serving(decoder: Decoder, tables: AdapterPages, limits: Limits, draw: random.Random) -> Keys:
+    model = decoder.config
     kv = kv_cache.KVCache(model.layers, model.kv_heads, model.head_dim, 7, torch.bfloat16)
     with noted() as wanted:
-        for _ in range(BATCHES):
-            inputs = random_step(limits, draw)
-            hidden = decoder.forward(inputs, kv, pool.pages).index_select(0, inputs.logits_rows)
-            decoder.logits(hidden)
-    found["serving"] = [list(key) for key in wanted]
-    return found
+        for inputs in steps_of(limits, draw):
+            decoder.logits(decoder.forward(inputs, kv, tables).index_select(0, inputs.logits_rows))
+    return list(wanted)
+
+
+def kept(wanted: dict[tuple[str, str], Compilation], folder: Path) -> dict[str, Any]:
+    """Compile two kernels, and as if after a new start once more; how many files there are after each, and what was
+    reported while the same was wanted again."""
+    some = dict([item for item in wanted.items() if item[0][0] == "silu_mul_kernel"][:2])
+    files, told, late = [], list[tuple[int, int]](), list[str]()
+    keep_in(folder)
+    for _ in range(2):
+        for compilation in some.values():
+            compilation.function.device_caches.clear()
+        compile_noted(some, 2, lambda done, total: told.append((done, total)))
+        files.append(len(list(folder.rglob("*"))))
+    report_late(late.append)
+    for compilation in some.values():
+        compilation.function.device_caches.clear()
+        compilation.compile()
+    return {"files": files, "told": told, "late": late}
 
 
 @torch.inference_mode()
-def main(folder: str, output: str) -> None:
+def main(model: str, cache: str, output: str) -> None:
     driver = SimpleNamespace(
         get_current_target=lambda: TARGET, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     triton.runtime.driver.set_active(driver)
     on_device = classmethod(lambda cls, parts, bias: cls(parts, bias))
+    found = []
     with (
         patch.object(dispatch, "on_gpu", lambda x: True),
         patch.object(Fragments, "on_device", on_device),
         patch.object(kv_cache, "empty_caches", caches),
     ):
-        found = [keys(limits, folder, random.Random(number)) for number, limits in enumerate(LIMITS)]
-    Path(output).write_text(json.dumps(found))
+        decoder = load_model(model, dtype=torch.bfloat16)
+        tables = PagePool(decoder.layout, 4 * MIB).pages
+        for number, limits in enumerate(LIMITS):
+            wanted = of_warm_up(decoder, tables, limits)
+            serving = of_serving(decoder, tables, limits, random.Random(number))
+            found.append({"warm-up": list(wanted), "serving": serving})
+    results = {"keys": found, "kept": kept(wanted, Path(cache))}
+    Path(output).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
