@@ -152,7 +152,7 @@ def build_engine(
         graphs=0 if start is None else start.graphs,
         kv=kv.nbytes,
         blocks=num_blocks,
-        free=free_memory(types.device),
+        free=max(0, free_memory(types.device) - (kv.nbytes if start is None else 0)),  # a CPU gives it when it is used
     )
     log.info("%s", line)
     return Engine(

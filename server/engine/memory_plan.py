@@ -131,7 +131,9 @@ def memory_line(
 
 
 def size(count: int) -> str:
-    """Bytes for people: GiB from a tenth of one on, else MiB from a tenth of one on."""
-    if abs(count) >= GIB / 10:
+    """Bytes for people."""
+    if abs(count) >= GIB:
         return f"{count / GIB:.1f} GiB"
+    if abs(count) >= 10 * MIB:
+        return f"{count / MIB:.0f} MiB"
     return f"{count / MIB:.1f} MiB" if abs(count) >= MIB / 10 else f"{count} bytes"

@@ -179,7 +179,7 @@ def test_the_order_of_an_engines_start(order: list[str], decoder: Decoder, caplo
         assert list(dict.fromkeys(told)) == ["compile", "warm up"]
         assert engine.runner.kv.num_blocks == 4 * blocks_for(300)
         line = next(message for message in caplog.messages if message.startswith("memory: "))
-        assert "activations 3.1 GiB · graphs 0.1 GiB · KV " in line and "(76 blocks, 1,216 tokens)" in line
+        assert "activations 3.1 GiB · graphs 120 MiB · KV " in line and "(76 blocks, 1,216 tokens)" in line
     finally:
         engine.adapters.manager.close()
 

@@ -98,21 +98,23 @@ def test_the_line_says_who_got_how_much() -> None:
         blocks=12345,
         free=8 * GIB,
     ) == (
-        "memory: weights 4.3 GiB · adapters 2.0 GiB (12,345 pages) · activations 1.2 GiB · graphs 0.4 GiB · "
+        "memory: weights 4.3 GiB · adapters 2.0 GiB (12,345 pages) · activations 1.2 GiB · graphs 410 MiB · "
         "KV 60.1 GiB (12,345 blocks, 197,520 tokens) · free 8.0 GiB"
     )
     line = memory_line(weights=82 * MIB, adapters=MIB // 2, pages=7, kv=GIB, blocks=10, free=900)
     assert (
-        line == "memory: weights 82.0 MiB · adapters 0.5 MiB (7 pages) · KV 1.0 GiB (10 blocks, 160 tokens) · "
+        line == "memory: weights 82 MiB · adapters 0.5 MiB (7 pages) · KV 1.0 GiB (10 blocks, 160 tokens) · "
         "free 900 bytes"
     )
 
 
 def test_sizes_for_people() -> None:
-    assert [size(n) for n in (0, MIB // 10 - 1, MIB, GIB // 10 + 1, -3 * GIB)] == [
+    assert [size(n) for n in (0, MIB // 10, MIB, 10 * MIB, GIB - MIB, GIB, -3 * GIB)] == [
         "0 bytes",
-        "104856 bytes",
+        "104857 bytes",
         "1.0 MiB",
-        "0.1 GiB",
+        "10 MiB",
+        "1023 MiB",
+        "1.0 GiB",
         "-3.0 GiB",
     ]
