@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.runtime.jit import JITFunction
 
 
 def keep_in(folder: Path) -> None:
@@ -39,7 +40,7 @@ class Compilation:
 
 @contextmanager
 def noted() -> Iterator[dict[tuple[str, str], Compilation]]:
-    """Within, launches of kernels that are not compiled yet are noted, by kernel and key, and left out.
+    """Within, no kernel is launched, and those that are not compiled yet are noted, by kernel and key.
 
     So what they should have written stays as it was: nothing within may use it as an index.
     """
@@ -49,12 +50,15 @@ def noted() -> Iterator[dict[tuple[str, str], Compilation]]:
         wanted[fn.name, key] = Compilation(fn.name, key, fn.jit_function, compile["specialization_data"])
         return True
 
-    before = triton.knobs.runtime.jit_cache_hook
-    triton.knobs.runtime.jit_cache_hook = note
+    def launch_nothing(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return launch(self, *args, grid=grid, warmup=True, **options)
+
+    before, launch = triton.knobs.runtime.jit_cache_hook, JITFunction.run
+    triton.knobs.runtime.jit_cache_hook, JITFunction.run = note, launch_nothing
     try:
         yield wanted
     finally:
-        triton.knobs.runtime.jit_cache_hook = before
+        triton.knobs.runtime.jit_cache_hook, JITFunction.run = before, launch
 
 
 def compile_noted(

@@ -74,14 +74,20 @@ class Rehearsal:
         return self._decoder.logits(hidden[: self._logits_rows])
 
     @torch.inference_mode()
-    def choose(self, logits: torch.Tensor) -> None:
-        """Choose the next token of each row, the kinds of requests in turn, all of which want log-probabilities."""
-        rows = [_row(number, logits.shape[1]) for number in range(min(len(logits), self._limits.max_running))]
+    def choose(self, logits: torch.Tensor, read: bool = True) -> None:
+        """Choose the next token of each row, the kinds of requests in turn, all of which want log-probabilities.
+
+        read: else none wants them, and nobody looks at what is chosen.
+        """
+        logprobs = min(LOGPROBS, logits.shape[1]) if read else None
+        rows = [_row(number, logprobs) for number in range(min(len(logits), self._limits.max_running))]
         logits = logits[: len(rows)]
         if all(map(self._strategy.can_begin, rows)):
             last = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
-            self._strategy.begin(rows, logits, [0] * len(rows), last).continuations()
-        else:
+            pending = self._strategy.begin(rows, logits, [0] * len(rows), last)
+            if read:
+                pending.continuations()
+        elif read:
             self._strategy.decide(rows, logits)
         for row in rows:
             self._strategy.release(row.key)
@@ -95,9 +101,9 @@ class Rehearsal:
         compile_noted(wanted, threads, lambda done, total: progress("compile", done, total))
 
     def launch_all(self) -> None:
-        """All kernels but those that choose tokens, whose results serve as indices."""
+        """Every launch of the warm-up, whose results nobody uses."""
         for shape in warm_up_shapes(self._limits):
-            self.forward(shape)
+            self.choose(self.forward(shape), read=False)
 
     @property
     def steps(self) -> int:
@@ -108,9 +114,7 @@ class Rehearsal:
         """Launch every kernel; done(number of steps)."""
         for number, shape in enumerate(warm_up_shapes(self._limits)):
             done(number)
-            logits = self.forward(shape)
-            if len(set(shape.lengths)) == 1:
-                self.choose(logits)
+            self.choose(self.forward(shape))
         done(self.steps)
 
     def measure(self, memory: DeviceMemory) -> Peaks:
@@ -126,8 +130,8 @@ class Rehearsal:
         self.forward(self._decode)
 
 
-def _row(number: int, vocabulary: int) -> Row:
+def _row(number: int, logprobs: int | None) -> Row:
     """Of a request that is not there, with a key that no sequence has."""
     key, tokens = -1 - number, list[int]()
     sampling, stopping = SAMPLING[number % len(SAMPLING)], StoppingParams(1)
-    return Row(key, key, 0, [0], tokens, sampling, stopping, logprobs=min(LOGPROBS, vocabulary))
+    return Row(key, key, 0, [0], tokens, sampling, stopping, logprobs=logprobs)

@@ -26,9 +26,11 @@ from lorry.kernels import dispatch
 from lorry.kernels.lora import AdapterPages, Segments
 from lorry.kernels.triton.compilations import Compilation, compile_noted, keep_in, noted, report_late
 from lorry.kernels.triton.nf4_fragments import Fragments
+from lorry.kernels.triton.silu_mul import silu_mul, silu_mul_kernel
 from lorry.server.cache import kv_cache
 from lorry.server.cache.blocks import blocks_for
 from lorry.server.config import MIB
+from lorry.server.decoding.interface import Row
 from lorry.server.decoding.sampling import Sampling
 from lorry.server.engine.graphs import all_buckets, idle_step, padded
 from lorry.server.engine.rehearsal import Rehearsal
@@ -38,6 +40,7 @@ from lorry.server.engine.warm_up import most_rows
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.inputs import ModelInputs
 from lorry.server.model.load import load_model
+from lorry.server.params import SamplingParams, StoppingParams
 
 BATCHES = 100
 TARGET = GPUTarget("cuda", 90, 32)
@@ -107,26 +110,54 @@ def of_serving(decoder: Decoder, tables: AdapterPages, limits: Limits, draw: ran
     kv = kv_cache.KVCache(model.layers, model.kv_heads, model.head_dim, 7, torch.bfloat16)
     with noted() as wanted:
         for inputs in steps_of(limits, draw):
-            decoder.logits(decoder.forward(inputs, kv, tables).index_select(0, inputs.logits_rows))
+            logits = decoder.logits(decoder.forward(inputs, kv, tables).index_select(0, inputs.logits_rows))
+            choose(logits[: limits.max_running], draw)
     return list(wanted)
 
 
-def kept(wanted: dict[tuple[str, str], Compilation], folder: Path) -> dict[str, Any]:
-    """Compile two kernels, and as if after a new start once more; how many files there are after each, and what was
-    reported while the same was wanted again."""
-    some = dict([item for item in wanted.items() if item[0][0] == "silu_mul_kernel"][:2])
+def choose(logits: torch.Tensor, draw: random.Random) -> None:
+    """The next tokens of rows of all kinds; none wants log-probabilities, since no token is chosen."""
+    strategy = Sampling()
+    kinds = (
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=2**63 + 1),
+        SamplingParams(top_k=5, min_p=0.1),
+        SamplingParams(top_p=0.5, frequency_penalty=0.5),
+        SamplingParams(logit_bias={3: -1.0, 7: 2.0}),
+    )
+    some = draw.sample(kinds, draw.randint(1, len(kinds)))
+    tokens = [[draw.randrange(200) for _ in range(draw.randint(1, 40))] for _ in logits]
+    rows = [
+        Row(number, number, 0, prompt, prompt[: draw.randint(0, 9)], draw.choice(some), StoppingParams(99, 3))
+        for number, prompt in enumerate(tokens)
+    ]
+    if all(map(strategy.can_begin, rows)):
+        strategy.begin(rows, logits, [draw.randint(0, 1) for _ in rows], torch.zeros(len(rows), dtype=torch.int64))
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """Compile two kernels, and once more as if after a new start: the files there are after each, what the progress
+    was, what is wanted then, and what is reported as late when they are compiled again."""
+
+    def launch() -> None:
+        for rows in (1, 2):
+            silu_mul(torch.empty(rows, 64))
+
     files, told, late = [], list[tuple[int, int]](), list[str]()
     keep_in(folder)
     for _ in range(2):
-        for compilation in some.values():
-            compilation.function.device_caches.clear()
-        compile_noted(some, 2, lambda done, total: told.append((done, total)))
+        silu_mul_kernel.device_caches.clear()
+        with noted() as wanted:
+            launch()
+        compile_noted(wanted, 2, lambda done, total: told.append((done, total)))
         files.append(len(list(folder.rglob("*"))))
+    with noted() as again:  # nor is launched what is compiled, which without a driver would fail
+        launch()
     report_late(late.append)
-    for compilation in some.values():
-        compilation.function.device_caches.clear()
+    silu_mul_kernel.device_caches.clear()
+    for compilation in wanted.values():
         compilation.compile()
-    return {"files": files, "told": told, "late": late}
+    return {"files": files, "told": told, "again": list(again), "late": late}
 
 
 @torch.inference_mode()
@@ -148,7 +179,7 @@ def main(model: str, cache: str, output: str) -> None:
             wanted = of_warm_up(decoder, tables, limits)
             serving = of_serving(decoder, tables, limits, random.Random(number))
             found.append({"warm-up": list(wanted), "serving": serving})
-    results = {"keys": found, "kept": kept(wanted, Path(cache))}
+    results = {"keys": found, "kept": kept(Path(cache))}
     Path(output).write_text(json.dumps(results))
 
 
