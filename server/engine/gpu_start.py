@@ -82,7 +82,7 @@ class GpuStart:
             if buckets := self._buckets():
                 for done, _ in enumerate(runner.record(buckets), 1):
                     self._warmed_up(self._steps + done)
-        self.graphs = free - self._memory.free
+        self.graphs = max(0, free - self._memory.free)
 
     def _buckets(self) -> list[Bucket]:
         if not self._config.cuda_graphs:

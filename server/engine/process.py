@@ -122,7 +122,9 @@ def _on_gpu(config: EngineConfig, types: Types, channel: SocketChannel, progress
     try:
         engine = build_engine(config, types, _load(config, types, progress), channel, progress)
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"the model does not fit into the GPU's memory: {error}") from error
+        raise OutOfMemory(
+            f"the GPU's memory does not suffice to start, gpu_memory_fraction may be too high: {error}"
+        ) from error
     report_late(lambda kernel: log.warning("%s was compiled while serving", kernel))
     return engine
 
