@@ -33,19 +33,19 @@ from lorry.kernels.triton.lora import expand_arguments, expand_tile
 TILE_ROWS = 16
 
 
-@triton.jit(do_not_specialize=["linear", "rows", "slots", "max_position", "capacity"])
+@triton.jit(do_not_specialize=["linear", "rows", "slots", "max_position", "capacity", "pages"])
 def qkv_finish_kernel(
     q, k, v, k_cache, v_cache, slot_mapping, positions, cos_sin, q_norm, k_norm, tiles, rows, slots, max_position, eps,
     q_row, q_head, k_row, k_head, v_row, v_head, k_block, v_block,
-    arena, page_offsets, page_scales, partial, linear, capacity, in_features,
-    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr,
     NORM: tl.constexpr, STORE: tl.constexpr, TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows, head); the heads are those of q, then of k, then, with STORE, of v."""
     head = tl.program_id(1)
     local = tl.arange(0, TILE_ROWS)
-    if PAGES > 0:
+    if SITES > 0:
         tile = tiles + tl.program_id(0) * 3
         start, count, segment = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     else:
@@ -80,14 +80,14 @@ def qkv_finish_kernel(
     if STORE:
         slot = tl.load(slot_mapping + row, mask=row_mask & (site > 0), other=-1)
 
-    if PAGES > 0:
+    if SITES > 0:
         if segment >= 0:
             both = tl.arange(0, 2 * HALF)
             size = tl.where(site == 0, Q_HEADS * D, KV_HEADS * D)
             total = expand_tile(
                 tl.zeros((TILE_ROWS, 2 * HALF), tl.float32), row, row_mask,
                 first * D + both // HALF * (D // 2) + both % HALF, both % HALF < D // 2, segment, site, size,
-                arena, page_offsets, page_scales, partial, linear, capacity, in_features, LINEARS, SITES, PAGES, SPLITS,
+                arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features, LINEARS, SITES, SPLITS,
             )  # fmt: skip
             add_a, add_b = tl.split(tl.permute(tl.reshape(total, (TILE_ROWS, 2, HALF)), (0, 2, 1)))
             a += add_a

@@ -47,8 +47,8 @@ EXPAND_COLUMNS = 128
 
 @triton.jit
 def shrink_tile(
-    program, x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
-    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    program, x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial[split, rows of a tile, site, 16 p : 16 p + 16] = x[rows, k] @ A_p[:, k].T, k the split's columns.
@@ -56,12 +56,12 @@ def shrink_tile(
     program: (site, page, split, tile) in one, the first the fastest, so that neighbours share x. linear: 7 layer +
     index of the first site. STAGES: steps of K under way.
     """
-    site, page = program % SITES, program // SITES % PAGES
-    split = program // (SITES * PAGES) % SPLITS
-    tile = tiles + program // (SITES * PAGES * SPLITS) * 3
+    site, page = program % SITES, program // SITES % pages
+    split = program // (SITES * pages) % SPLITS
+    tile = tiles + program // (SITES * pages * SPLITS) * 3
     start, count, segment = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if (count > 0) & (segment >= 0):
-        listed = page_offsets + page_list(segment, linear + site, LINEARS, PAGES)
+        listed = page_offsets + page_list(segment, linear + site, LINEARS, pages)
         offset = tl.load(listed + 1 + page)
         if page < tl.load(listed):
             ranks, local = tl.arange(0, RANK), tl.arange(0, TILE_ROWS)
@@ -90,7 +90,7 @@ def shrink_tile(
                     total = dot(rows, page_a.T, total)
             if TILE_ROWS == 16:
                 total = tl.sum(total, axis=0)
-            place = (split.to(tl.int64) * capacity + start + local) * (SITES * PAGES) + site * PAGES + page
+            place = (split.to(tl.int64) * capacity + start + local) * (SITES * pages) + site * pages + page
             tl.store(partial + place[:, None] * RANK + ranks[None, :], total, mask=(local < count)[:, None])
 
 
@@ -125,20 +125,20 @@ def _add_product(acc, hidden, page_b, dtype: tl.constexpr):
 @triton.jit
 def expand_tile(
     acc, rows, row_mask, columns, column_mask, segment, site, size,
-    arena, page_offsets, page_scales, partial, linear, capacity, in_features,
-    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """acc + sum_p scale_p * sum_split partial[split, rows, site, p] @ B_p[:, columns], float32 [R, C].
 
     rows: [R] of one segment, R >= 16; columns: [C] of the site, C >= 16; size: N of the site. A segment below 0 adds
     nothing.
     """
-    at = page_list(segment, linear + site, LINEARS, PAGES)
+    at = page_list(segment, linear + site, LINEARS, pages)
     count = tl.load(page_offsets + at, mask=segment >= 0, other=0).to(tl.int32)
     eighth, scale = _listed(page_offsets, page_scales, at + 1, segment >= 0)  # not after count: loads take their time
     ranks = tl.arange(0, RANK)
-    ranks_of = partial + (rows.to(tl.int64)[:, None] * SITES + site) * (PAGES * RANK) + ranks[None, :]
-    split_stride = tl.cast(capacity, tl.int64) * (SITES * PAGES * RANK)
+    ranks_of = partial + (rows.to(tl.int64)[:, None] * SITES + site) * (pages * RANK) + ranks[None, :]
+    split_stride = tl.cast(capacity, tl.int64) * (SITES * pages * RANK)
     b = arena + in_features * RANK + ranks[:, None] * size + columns[None, :]
     for page in tl.range(0, count, num_stages=1):
         page_b = tl.load(b + eighth * 8, mask=column_mask[None, :], other=0.0)
@@ -151,18 +151,18 @@ def expand_tile(
 @triton.jit
 def expand_pair(
     acc_0, acc_1, rows, row_mask, columns, column_mask, segment, size,
-    arena, page_offsets, page_scales, partial, linear, capacity, in_features,
-    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """`expand_tile` of sites 0 and 1, both [16, N = size], the loads of both under way at once."""
-    at_0, at_1 = page_list(segment, linear, LINEARS, PAGES), page_list(segment, linear + 1, LINEARS, PAGES)
+    at_0, at_1 = page_list(segment, linear, LINEARS, pages), page_list(segment, linear + 1, LINEARS, pages)
     count_0 = tl.load(page_offsets + at_0, mask=segment >= 0, other=0).to(tl.int32)
     count_1 = tl.load(page_offsets + at_1, mask=segment >= 0, other=0).to(tl.int32)
     eighth_0, scale_0 = _listed(page_offsets, page_scales, at_0 + 1, segment >= 0)
     eighth_1, scale_1 = _listed(page_offsets, page_scales, at_1 + 1, segment >= 0)
     ranks = tl.arange(0, RANK)
-    ranks_0 = partial + rows.to(tl.int64)[:, None] * (SITES * PAGES * RANK) + ranks[None, :]
-    split_stride = tl.cast(capacity, tl.int64) * (SITES * PAGES * RANK)
+    ranks_0 = partial + rows.to(tl.int64)[:, None] * (SITES * pages * RANK) + ranks[None, :]
+    split_stride = tl.cast(capacity, tl.int64) * (SITES * pages * RANK)
     b = arena + in_features * RANK + ranks[:, None] * size + columns[None, :]
     for page in tl.range(0, tl.maximum(count_0, count_1), num_stages=1):
         in_0, in_1 = page < count_0, page < count_1  # the interpreter cannot combine these with a mask
@@ -171,7 +171,7 @@ def expand_pair(
         b_1 = tl.load(b + eighth_1 * 8, mask=(column_mask & mask_1)[None, :], other=0.0)
         page_ranks = ranks_0 + page * RANK
         hidden_0 = _hidden(page_ranks, row_mask[:, None], split_stride, SPLITS) * scale_0
-        hidden_1 = _hidden(page_ranks + PAGES * RANK, row_mask[:, None], split_stride, SPLITS) * scale_1
+        hidden_1 = _hidden(page_ranks + pages * RANK, row_mask[:, None], split_stride, SPLITS) * scale_1
         hidden_0, hidden_1 = tl.where(in_0, hidden_0, 0.0), tl.where(in_1, hidden_1, 0.0)
         acc_0 = _add_product(acc_0, hidden_0, b_0, arena.dtype.element_ty)
         acc_1 = _add_product(acc_1, hidden_1, b_1, arena.dtype.element_ty)
@@ -183,18 +183,18 @@ def expand_pair(
 @triton.jit
 def expand_row(
     acc, row, columns, column_mask, segment, site, size,
-    arena, page_offsets, page_scales, partial, linear, capacity, in_features,
-    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr = 16,
+    arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr = 16,
 ):  # fmt: skip
     """`expand_tile` of one row in float32 sums without the tensor cores: acc [C].
 
     GROUP: ranks, a power of two to 16, whose B is held in registers at a time.
     """
-    at = page_list(segment, linear + site, LINEARS, PAGES)
+    at = page_list(segment, linear + site, LINEARS, pages)
     count = tl.load(page_offsets + at, mask=segment >= 0, other=0).to(tl.int32)
     eighth, scale = _listed(page_offsets, page_scales, at + 1, segment >= 0)
-    ranks_of = partial + (tl.cast(row, tl.int64) * SITES + site) * (PAGES * RANK)
-    split_stride = tl.cast(capacity, tl.int64) * (SITES * PAGES * RANK)
+    ranks_of = partial + (tl.cast(row, tl.int64) * SITES + site) * (pages * RANK)
+    split_stride = tl.cast(capacity, tl.int64) * (SITES * pages * RANK)
     b = arena + in_features * RANK + columns[None, :]
     for page in tl.range(0, count, num_stages=1):
         for first in tl.static_range(0, RANK, GROUP):
@@ -211,23 +211,25 @@ def _site(site, a, b, c):
     return tl.where(site == 0, a, tl.where(site == 1, b, c))
 
 
-@triton.jit(do_not_specialize=["linear", "capacity"])
+@triton.jit(do_not_specialize=["linear", "capacity", "pages"])
 def lora_shrink_kernel(
-    x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
-    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     shrink_tile(
-        tl.program_id(0), x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
-        LINEARS, SITES, PAGES, SPLITS, TILE_ROWS, STEP, STAGES,
+        tl.program_id(0), x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, pages, in_features,
+        LINEARS, SITES, SPLITS, TILE_ROWS, STEP, STAGES,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["linear", "capacity", "start_0", "start_1", "start_2", "size_0", "size_1", "size_2"])
+@triton.jit(
+    do_not_specialize=["linear", "capacity", "pages", "start_0", "start_1", "start_2", "size_0", "size_1", "size_2"]
+)
 def lora_expand_kernel(
     y, stride_y, tiles, start_0, start_1, start_2, size_0, size_1, size_2,
-    arena, page_offsets, page_scales, partial, linear, capacity, in_features,
-    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, COLUMNS columns of one site). ALIGNMENT: what divides the starts and the sizes."""
@@ -245,7 +247,7 @@ def lora_expand_kernel(
         acc = expand_tile(
             tl.zeros((TILE_ROWS, COLUMNS), tl.float32),
             start + local, row_mask, columns, column_mask, segment, site, size,
-            arena, page_offsets, page_scales, partial, linear, capacity, in_features, LINEARS, SITES, PAGES, SPLITS,
+            arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features, LINEARS, SITES, SPLITS,
         )  # fmt: skip
         first_column = tl.multiple_of(_site(site, start_0, start_1, start_2), ALIGNMENT)
         place = y + start.to(tl.int64) * stride_y + first_column + local[:, None] * stride_y + columns[None, :]
@@ -267,27 +269,27 @@ def _arguments(term: LoraTerm) -> dict[str, Any]:
         "partial": routes.partial,
         "linear": term.layer * sites + term.sites[0].index,
         "capacity": routes.capacity,
+        "pages": routes.pages,
         "in_features": term.in_features,
         "LINEARS": layers * sites,
         "SITES": len(term.sites),
-        "PAGES": routes.pages,
         "SPLITS": splits,
     }
 
 
 def expand_arguments(term: LoraTerm | None) -> dict[str, Any]:
-    """What a kernel that calls `expand_tile` or `expand_row` takes besides; None: no LoRA, PAGES is 0."""
-    if term is None:
-        names = ("arena", "page_offsets", "page_scales", "partial", "linear", "capacity", "in_features")
-        return dict.fromkeys(names) | {"LINEARS": 0, "SITES": 0, "PAGES": 0, "SPLITS": 0}
+    """What a kernel that calls `expand_tile` or `expand_row` takes besides; None: no LoRA, SITES is 0."""
+    if term is None or term.routes.pages == 0:
+        names = ("arena", "page_offsets", "page_scales", "partial", "linear", "capacity", "pages", "in_features")
+        return dict.fromkeys(names) | {"LINEARS": 0, "SITES": 0, "SPLITS": 0}
     return _arguments(term) | {"page_scales": term.routes.page_scales}
 
 
 def shrink_arguments(term: LoraTerm | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What a kernel that calls `shrink_tile` takes besides, for x of `dtype`; None: no LoRA, PAGES is 0."""
-    if term is None:
-        names = ("tiles", "arena", "page_offsets", "partial", "linear", "capacity", "in_features")
-        return dict.fromkeys(names) | dict.fromkeys(("LINEARS", "SITES", "PAGES", "SPLITS", "TILE_ROWS", "STEP"), 0)
+    """What a kernel that calls `shrink_tile` takes besides, for x of `dtype`; without LoRA SITES is 0."""
+    if term is None or term.routes.pages == 0:
+        names = ("tiles", "arena", "page_offsets", "partial", "linear", "capacity", "pages", "in_features")
+        return dict.fromkeys(names) | dict.fromkeys(("LINEARS", "SITES", "SPLITS", "TILE_ROWS", "STEP"), 0)
     routes = term.routes
     step = _step(routes.tile_rows, dtype if dtype is term.pages.arena.dtype else torch.float32)
     return _arguments(term) | {"tiles": routes.tiles, "TILE_ROWS": routes.tile_rows, "STEP": step}

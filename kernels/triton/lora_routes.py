@@ -15,19 +15,20 @@ from lorry.kernels.lora import AdapterPages, Routes, Segments
 from lorry.kernels.triton.common import FUSION
 
 ROUTE_LINEARS = 32  # that a program resolves
+LEAST_GROUPS = 64  # of rows, in one vector: fewer would be another compilation, and no quicker
 
 
 @triton.jit
-def page_list(segment, linear, LINEARS: tl.constexpr, PAGES: tl.constexpr):
-    """Where the pages of a linear are listed: their number, then the pages."""
-    return (segment.to(tl.int64) * LINEARS + linear) * (PAGES + 1)
+def page_list(segment, linear, LINEARS: tl.constexpr, pages):
+    """Where the pages of a linear are listed: their number, then the pages; pages: the most of a list."""
+    return (segment.to(tl.int64) * LINEARS + linear) * (pages + 1)
 
 
-@triton.jit(do_not_specialize=["segments", "rows", "capacity", "tile_count"])
+@triton.jit(do_not_specialize=["segments", "rows", "capacity", "pages", "tile_count", "adapters"])
 def fill_routes_kernel(
     tiles, row_segment, page_offsets, page_scales, starts, slots, weights, offsets, scaling,
-    segments, rows, capacity, tile_count,
-    ADAPTERS: tl.constexpr, LINEARS: tl.constexpr, MAX_PAGES: tl.constexpr, PAGES: tl.constexpr,
+    segments, rows, capacity, pages, tile_count, adapters,
+    LINEARS: tl.constexpr, MAX_PAGES: tl.constexpr,
     TILE_ROWS: tl.constexpr, GROUPS: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LINEARS: tl.constexpr,
 ):  # fmt: skip
     """Program (group of rows, job).
@@ -50,9 +51,9 @@ def fill_routes_kernel(
         own_tiles = tl.sum(tl.where(groups == group, tiles_of, 0))
         first_row = tl.sum(tl.where(groups < group, sizes, 0))
         own_rows = tl.sum(tl.where(groups == group, sizes, 0))
-        adapted = -1
-        for adapter in tl.static_range(ADAPTERS):
-            slot = tl.load(slots + segment * ADAPTERS + adapter, mask=inside, other=-1)
+        adapted = tl.zeros((), tl.int32) - 1
+        for adapter in range(adapters):
+            slot = tl.load(slots + segment * adapters + adapter, mask=inside, other=-1)
             adapted = tl.where(slot >= 0, segment, adapted)
         lane = tl.arange(0, BLOCK)
         for at in range(0, own_tiles, BLOCK):
@@ -75,22 +76,22 @@ def fill_routes_kernel(
     elif inside:
         linear = (job - 1) * BLOCK_LINEARS + tl.arange(0, BLOCK_LINEARS)
         page = tl.arange(0, LIST)[None, :]
-        listed = page_list(segment, linear, LINEARS, PAGES)
+        listed = page_list(segment, linear, LINEARS, pages)
         found = tl.zeros((BLOCK_LINEARS,), tl.int32)
-        for adapter in tl.static_range(ADAPTERS):
-            slot = tl.load(slots + segment * ADAPTERS + adapter)
+        for adapter in range(adapters):
+            slot = tl.load(slots + segment * adapters + adapter)
             if slot >= 0:
                 own = slot.to(tl.int64) * LINEARS + linear
                 mask = (linear < LINEARS)[:, None] & (page < MAX_PAGES)
                 offset = tl.load(offsets + own[:, None] * MAX_PAGES + page, mask=mask, other=-1)
                 scale = tl.load(scaling + own, mask=linear < LINEARS, other=0.0)
-                scale *= tl.load(weights + segment * ADAPTERS + adapter)
+                scale *= tl.load(weights + segment * adapters + adapter)
                 where = listed[:, None] + found[:, None] + 1 + page
-                here = (offset >= 0) & (found[:, None] + page < PAGES)
+                here = (offset >= 0) & (found[:, None] + page < pages)
                 tl.store(page_offsets + where, offset, mask=here)
                 tl.store(page_scales + where, tl.broadcast_to(scale[:, None], (BLOCK_LINEARS, LIST)), mask=here)
                 found += tl.sum((offset >= 0).to(tl.int32), axis=1)
-        tl.store(page_offsets + listed, tl.minimum(found, PAGES).to(tl.int64), mask=linear < LINEARS)
+        tl.store(page_offsets + listed, tl.minimum(found, pages).to(tl.int64), mask=linear < LINEARS)
 
 
 def fill_routes(routes: Routes, segments: Segments, pages: AdapterPages, rows: int) -> None:
@@ -108,9 +109,9 @@ def fill_routes(routes: Routes, segments: Segments, pages: AdapterPages, rows: i
     )
     fill_routes_kernel[count + 2, 1 + triton.cdiv(layers * sites, ROUTE_LINEARS)](
         routes.tiles, routes.row_segment, routes.page_offsets, routes.page_scales, starts, slots, weights,
-        pages.offsets, pages.scaling, count, rows, routes.capacity, routes.tile_count,
-        ADAPTERS=adapters, LINEARS=layers * sites, MAX_PAGES=max_pages, PAGES=routes.pages,
-        TILE_ROWS=routes.tile_rows, GROUPS=triton.next_power_of_2(count + 2),
+        pages.offsets, pages.scaling, count, rows, routes.capacity, routes.pages, routes.tile_count, adapters,
+        LINEARS=layers * sites, MAX_PAGES=max_pages,
+        TILE_ROWS=routes.tile_rows, GROUPS=max(LEAST_GROUPS, triton.next_power_of_2(count + 2)),
         LIST=triton.next_power_of_2(max_pages), BLOCK=128, BLOCK_LINEARS=ROUTE_LINEARS,
         num_warps=4, num_stages=1, **FUSION,
     )  # fmt: skip

@@ -134,23 +134,23 @@ def _absmax(absmax, nested_code, nested, offset, mask, NESTED_SHIFT: tl.constexp
     return value
 
 
-@triton.jit(do_not_specialize=["M", "shrinks", "linear", "capacity"])
+@triton.jit(do_not_specialize=["M", "shrinks", "linear", "capacity", "pages"])
 def nf4_linear_kernel(
     y, x, units, absmax, nested_absmax, nested_code, tables, w_tiles, parts, offsets, bias, split_sums, arrived,
     M, N, blocks, blocks_per_split, stride_x, stride_y,
     UNITS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, SPLITS_OF_K: tl.constexpr,
     LANE_COLUMNS: tl.constexpr, NESTED_SHIFT: tl.constexpr, ROW_IN_GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    shrinks, tiles, arena, page_offsets, partial, linear, capacity, in_features,
-    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    shrinks, tiles, arena, page_offsets, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The first `shrinks` programs are those of `lora.shrink_tile` for the same x, the others those of `_product`."""
     program = tl.program_id(0)
-    if PAGES > 0:
+    if SITES > 0:
         if program < shrinks:
             shrink_tile(
-                program, x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, in_features,
-                LINEARS, SITES, PAGES, SPLITS, TILE_ROWS, STEP, STAGES,
+                program, x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, pages, in_features,
+                LINEARS, SITES, SPLITS, TILE_ROWS, STEP, STAGES,
             )  # fmt: skip
             return
         program -= shrinks

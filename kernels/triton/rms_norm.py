@@ -29,11 +29,11 @@ PROGRAM_ELEMENTS = 1024  # of short rows that share a program
 HELD_ELEMENTS = 1 << 15  # of B that a program holds in registers at a time: 64 a thread of 512
 
 
-@triton.jit(do_not_specialize=["linear", "rows", "capacity"])
+@triton.jit(do_not_specialize=["linear", "rows", "capacity", "pages"])
 def rms_norm_kernel(
     y, x, weight, residual, row_segment, rows, inner, stride_outer, stride_inner, stride_residual, eps,
-    arena, page_offsets, page_scales, partial, linear, capacity, in_features,
-    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Program: ROWS rows (i, j) of x [outer, inner, WIDTH]; with a LoRA term ROWS is 1."""
@@ -47,12 +47,12 @@ def rms_norm_kernel(
     if HAS_RESIDUAL:
         place = residual + row.to(tl.int64) * stride_residual + column
         stream = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    if PAGES > 0:
+    if SITES > 0:
         only = tl.program_id(0)
         term = expand_row(
             tl.zeros((BLOCK,), tl.float32), only, columns, inside, tl.load(row_segment + only), 0, WIDTH,
-            arena, page_offsets, page_scales, partial, linear, capacity, in_features,
-            LINEARS, SITES, PAGES, SPLITS, GROUP,
+            arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features,
+            LINEARS, SITES, SPLITS, GROUP,
         )  # fmt: skip
         value = rounded(value + term[None, :], x.dtype.element_ty).to(tl.float32)
     if HAS_RESIDUAL:

@@ -24,17 +24,17 @@ TILE_ELEMENTS = 1024  # of a program: 8 a thread
 LORA_TILE_ELEMENTS = 2048  # of a program with a LoRA term: 128 columns of 16 rows
 
 
-@triton.jit(do_not_specialize=["linear", "rows", "capacity"])
+@triton.jit(do_not_specialize=["linear", "rows", "capacity", "pages"])
 def silu_mul_kernel(
-    y, gate_up, tiles, rows, width, stride, arena, page_offsets, page_scales, partial, linear, capacity, in_features,
-    LINEARS: tl.constexpr, SITES: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    y, gate_up, tiles, rows, width, stride,
+    arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows, COLUMNS columns)."""
     local = tl.arange(0, TILE_ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     column_mask = columns < width
-    if PAGES > 0:
+    if SITES > 0:
         tile = tiles + tl.program_id(0) * 3
         start, count, segment = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     else:
@@ -46,13 +46,13 @@ def silu_mul_kernel(
         place = gate_up + start.to(tl.int64) * stride + local[:, None] * stride + columns[None, :]
         gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(place + width, mask=mask, other=0.0).to(tl.float32)
-        if PAGES > 0:
+        if SITES > 0:
             if segment >= 0:
                 zeros = tl.zeros((TILE_ROWS, COLUMNS), tl.float32)
                 lora_gate, lora_up = expand_pair(
                     zeros, zeros, start + local, row_mask, columns, column_mask, segment, width,
-                    arena, page_offsets, page_scales, partial, linear, capacity, in_features,
-                    LINEARS, SITES, PAGES, SPLITS,
+                    arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features,
+                    LINEARS, SITES, SPLITS,
                 )  # fmt: skip
                 gate += lora_gate
                 up += lora_up

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,11 +23,15 @@ from lorry.server.decoding.sampling import Sampling
 from lorry.server.engine.adapters import AdapterDesk
 from lorry.server.engine.batch import build_batch
 from lorry.server.engine.channel import Channel
+from lorry.server.engine.gpu_start import GpuStart, Progress
+from lorry.server.engine.graphs import GRAPH_PAGES, MOST_ADAPTERS, PAGE_BUCKETS
 from lorry.server.engine.loop import Engine
-from lorry.server.engine.memory import free_memory
+from lorry.server.engine.memory import CudaMemory, free_memory
+from lorry.server.engine.memory_plan import memory_line
 from lorry.server.engine.messages import Generate, ModelInfo, SamplingParams, StoppingParams
 from lorry.server.engine.plan import Piece
-from lorry.server.engine.runner import Runner
+from lorry.server.engine.rehearsal import Rehearsal
+from lorry.server.engine.runner import SCORED_ROWS, Runner
 from lorry.server.engine.scheduler import Limits, Scheduler
 from lorry.server.engine.sequence import Request, Sequence
 from lorry.server.engine.staging import Staging
@@ -94,35 +98,68 @@ def token_budget(config: EngineConfig, types: Types) -> int:
     return config.token_budget or (2048 if types.on_gpu else 256)
 
 
-def build_engine(config: EngineConfig, types: Types, decoder: Decoder, channel: Channel) -> Engine:
-    """Allocate the adapters' pages, then the KV cache from what is left, and put the parts together."""
-    model = decoder.config
+def build_engine(
+    config: EngineConfig, types: Types, decoder: Decoder, channel: Channel, progress: Progress = lambda *_: None
+) -> Engine:
+    """Allocate the adapters' pages, then the KV cache from what is left, and put the parts together.
+
+    On a GPU also compile, launch and record what steps will launch; progress(stage, done, of how much) is told of it.
+    """
+    model, strategy = decoder.config, Sampling()
+    limits = Limits(config.max_running, token_budget(config, types), model.context_length)
+    start = GpuStart(config, limits, CudaMemory(types.device), progress) if types.on_gpu else None
+    if start is not None:
+        start.check_adapters(adapter_memory(config, types))
     pool = PagePool(decoder.layout, adapter_memory(config, types), types.adapter_dtype, types.device)
     roots = tuple(Path(root) for root in config.adapter_roots)
     folder = None if config.adapters_dir is None else Path(config.adapters_dir)
     desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool))
 
-    num_blocks = choose_num_blocks(
-        block_bytes(model.layers, model.kv_heads, model.head_dim, types.kv_dtype),
-        config.kv_memory,
-        free_memory(types.device),
-        config.max_running,
-        model.context_length,
-    )
+    bytes_per_block = block_bytes(model.layers, model.kv_heads, model.head_dim, types.kv_dtype)
+    if start is None:
+        num_blocks = choose_num_blocks(
+            bytes_per_block, config.kv_memory, free_memory(types.device), config.max_running, model.context_length
+        )
+    else:
+        rehearsal = Rehearsal(
+            decoder,
+            pool.pages,
+            strategy,
+            limits,
+            types.kv_dtype,
+            adapters=MOST_ADAPTERS,
+            pages=PAGE_BUCKETS[-1],
+            graph_pages=GRAPH_PAGES[-1],
+            logits_rows=SCORED_ROWS,
+        )
+        num_blocks = start.blocks(rehearsal, bytes_per_block)
     kv = KVCache(model.layers, model.kv_heads, model.head_dim, num_blocks, types.kv_dtype, types.device)
     context_length = min(model.context_length, num_blocks * BLOCK_SIZE)
     if context_length < model.context_length:
         log.warning("the KV cache holds %d tokens, less than the context of %d", context_length, model.context_length)
+        limits = replace(limits, context_length=context_length)
     allocator = BlockAllocator(num_blocks)
-    limits = Limits(config.max_running, token_budget(config, types), context_length)
     scheduler = Scheduler(limits, allocator, PrefixIndex(allocator), desk)
     staging = Staging(types.device) if types.ahead else None
     runner = Runner(decoder, kv, pool.pages, staging, config.max_running)
+    if start is not None:
+        start.record(runner, limits)
+    line = memory_line(
+        weights=decoder.weight_bytes,
+        adapters=pool.capacity_bytes,
+        pages=pool.pages_total,
+        activations=0 if start is None else start.activations,
+        graphs=0 if start is None else start.graphs,
+        kv=kv.nbytes,
+        blocks=num_blocks,
+        free=max(0, free_memory(types.device) - (kv.nbytes if start is None else 0)),  # a CPU gives it when it is used
+    )
+    log.info("%s", line)
     return Engine(
         channel,
         scheduler,
         runner,
-        Sampling(),
+        strategy,
         desk,
         model.eos_token_ids,
         ahead=types.ahead,

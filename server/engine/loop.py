@@ -165,7 +165,7 @@ class Engine:
             piece = replace(piece, end=piece.start + max(LEAST_TOKENS, tokens // 2))
 
     def _segments(self, runs: Runs) -> Segments:
-        """The segments of a batch, with the bound of their pages where kernels are compiled for it."""
+        """The segments of a batch, with the bound of their pages, which a GPU makes room for."""
         segments = self._build_segments(runs)
         if not self._ahead:
             return segments

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -22,6 +24,56 @@ def free_memory(device: torch.device) -> int:
     if limit and used and limit[0] != "max":
         available = min(available, max(0, int(limit[0]) - int(used[0])))
     return available
+
+
+class DeviceMemory(Protocol):
+    """A GPU's memory in bytes, as this process sees it. Tests have one without a GPU."""
+
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def free(self) -> int:
+        """What nobody holds."""
+        ...
+
+    @property
+    def held(self) -> int:
+        """What this process holds for tensors, once what it keeps for later ones is given back."""
+        ...
+
+    def peak(self, run: Callable[[], object]) -> int:
+        """The most that `run` takes beside what is held."""
+        ...
+
+
+class CudaMemory:
+    """DeviceMemory of one GPU, by torch's books; each question waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    @property
+    def total(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[1]
+
+    @property
+    def free(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0]
+
+    @property
+    def held(self) -> int:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self._device)
+
+    def peak(self, run: Callable[[], object]) -> int:
+        """In segments, as the device is asked for them, so that what they waste counts too."""
+        held = self.held
+        torch.cuda.reset_peak_memory_stats(self._device)
+        run()
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_reserved(self._device) - held
 
 
 def processors() -> int:

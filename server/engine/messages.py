@@ -254,7 +254,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     model_folder: str = ""  # where the tokenizer lies; empty: where `resolve_model` says
 
 
-LoadingStage = Literal["download", "quantize", "load", "warm up"]
+LoadingStage = Literal["download", "quantize", "load", "compile", "warm up"]
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):

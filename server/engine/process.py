@@ -27,11 +27,15 @@ from lorry.kernels import native
 from lorry.server.config import EngineConfig, engine_config_from_json
 from lorry.server.engine.build import Types, build_engine, describe, warm_up
 from lorry.server.engine.channel import SocketChannel
+from lorry.server.engine.gpu_start import Progress
+from lorry.server.engine.loop import Engine
 from lorry.server.engine.memory import processors
+from lorry.server.engine.memory_plan import check_fraction
 from lorry.server.engine.messages import Loading, LoadingStage, Ready
-from lorry.server.errors import LorryError
+from lorry.server.errors import LorryError, OutOfMemory
+from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model
-from lorry.server.model.store import resolve_model
+from lorry.server.model.store import cache_root, resolve_model
 
 log = logging.getLogger(__name__)
 
@@ -76,28 +80,54 @@ def _serve(config: EngineConfig, channel: SocketChannel) -> None:
     types = Types.choose(config)
     progress = _Progress(channel)
     with torch.inference_mode():
-        decoder = load_model(
-            config.model,
-            device=types.device,
-            dtype=types.dtype,
-            products=types.products,
-            context_length=config.context_length,
-            load_format=config.load_format,
-            progress=progress,
+        engine = (
+            _on_gpu(config, types, channel, progress) if types.on_gpu else _on_cpu(config, types, channel, progress)
         )
-        progress("warm up", 0, 3)
-        if types.device.type == "cpu":
-            native.library()
-        progress("warm up", 1, 3)
-        engine = build_engine(config, types, decoder, channel)
-        progress("warm up", 2, 3)
-        warm_up(engine)
-        progress("warm up", 3, 3)
         gc.collect()
         gc.freeze()  # what is loaded stays: the collector need not look at it between steps
         folder = str(resolve_model(config.model))
         channel.send([Ready(describe(config, types, engine), os.getpid(), folder)])
         engine.run()
+
+
+def _load(config: EngineConfig, types: Types, progress: Progress) -> Decoder:
+    return load_model(
+        config.model,
+        device=types.device,
+        dtype=types.dtype,
+        products=types.products,
+        context_length=config.context_length,
+        load_format=config.load_format,
+        progress=progress,
+    )
+
+
+def _on_cpu(config: EngineConfig, types: Types, channel: SocketChannel, progress: Progress) -> Engine:
+    decoder = _load(config, types, progress)
+    progress("warm up", 0, 3)
+    native.library()
+    progress("warm up", 1, 3)
+    engine = build_engine(config, types, decoder, channel)
+    progress("warm up", 2, 3)
+    warm_up(engine)
+    progress("warm up", 3, 3)
+    return engine
+
+
+def _on_gpu(config: EngineConfig, types: Types, channel: SocketChannel, progress: Progress) -> Engine:
+    """Compilations are kept from one start to the next; one that a request has to wait for all the same is logged."""
+    from lorry.kernels.triton.compilations import keep_in, report_late
+
+    check_fraction(config.gpu_memory_fraction)
+    keep_in(cache_root("triton"))
+    try:
+        engine = build_engine(config, types, _load(config, types, progress), channel, progress)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the GPU's memory does not suffice to start, gpu_memory_fraction may be too high: {error}"
+        ) from error
+    report_late(lambda kernel: log.warning("%s was compiled while serving", kernel))
+    return engine
 
 
 class _Progress:

@@ -79,10 +79,10 @@ def default_gguf() -> Path:
     )
 
 
-def cache_root() -> Path:
-    """Where converted models are kept."""
+def cache_root(kind: str = "models") -> Path:
+    """Where converted models are kept, or what else there is."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "lorry" / "models"
+    return Path(base) / "lorry" / kind
 
 
 def forget_converted(folder: Path, cache: Path | None = None) -> bool:

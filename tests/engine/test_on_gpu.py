@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorry.server.cache.blocks import blocks_for
 from lorry.server.config import MIB, EngineConfig
-from lorry.server.engine.graphs import all_buckets, row_buckets
+from lorry.server.engine.graphs import row_buckets
 from lorry.server.engine.local import LocalEngine
 from lorry.server.engine.messages import Abort, Generate, LoadAdapter, Stats, UnloadAdapter
 from lorry.server.model.decoder import Decoder
@@ -19,7 +18,6 @@ from lorry.server.model.load import load_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-CONTEXT = 1100  # past the first bucket of block tables, 1024 tokens
 MOST = 24
 
 
@@ -51,11 +49,7 @@ def engine_on(device: str, folders: tuple[Path, Path], dtype: str = "float32", *
         "token_budget": 96,
         "debug_checks": True,
     }
-    engine = LocalEngine(load(model, device, dtype), EngineConfig(**options | changes))
-    if device == "cuda":
-        with torch.inference_mode():
-            list(engine.engine.runner.record(all_buckets(MOST, blocks_for(CONTEXT))))
-    return engine
+    return LocalEngine(load(model, device, dtype), EngineConfig(**options | changes))
 
 
 def requests(generate: Any, count: int, **rest: Any) -> list[Any]:

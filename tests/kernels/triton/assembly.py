@@ -3,7 +3,7 @@
     with compiling(90) as kernels: nf4_linear(...)     →     kernels: the Assembly of each launch, nothing was run
 
 A launcher is called with tensors in host memory; instead of a launch, the kernel is compiled with the specialization
-that Triton gives such arguments (a pointer or an integer that 16 divides, an integer that is 1).
+that Triton gives such arguments (a pointer or an integer that 16 divides, an integer that is 1), where it may.
 """
 
 from __future__ import annotations
@@ -78,15 +78,20 @@ def _compile(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], archit
     signature, constants, attributes = dict[str, str](), dict[str, Any](), dict[tuple[int], list[list[Any]]]()
     for index, parameter in enumerate(kernel.params):
         value = values.get(parameter.name, parameter.default)
-        fixed = parameter.is_constexpr or value is None or (type(value) is int and value == 1)
+        specialized = not parameter.do_not_specialize
+        fixed = parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialized)
         signature[parameter.name] = "constexpr" if fixed else _type(value)
         if fixed:
             constants[parameter.name] = value
-        elif (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0 and type(value) is not float:
+        elif specialized and type(value) is not float and _address(value) % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return _read(kernel.__name__, architecture, made)
+
+
+def _address(value: Any) -> int:
+    return value.data_ptr() if isinstance(value, torch.Tensor) else int(value)
 
 
 def _type(value: Any) -> str:

@@ -216,7 +216,7 @@ def test_assembly_of_the_others(architecture: int, assembled: Callable[..., list
     lanes = 2 if architecture >= 90 else 4
     for case in ("gate_up M=512", "shrink M=16", "shrink M=64"):
         (kernel,) = assembled(f"{case} lanes={lanes}", architecture)
-        assert kernel.spills <= (8 if case == "shrink M=64" and architecture == 80 else 0)
+        assert kernel.spills <= (32 if case == "shrink M=64" and architecture == 90 else 0)
         assert kernel.count("LDL", "loop") == kernel.count("STL", "loop") == 0
 
 
