@@ -2,6 +2,7 @@
 
     z[t] += bias[t]
     z[t]  = (z[t] < 0 ? z[t] r : z[t] / r) - (presence [c(t) > 0] + frequency c(t))     t in the row's list, c its count
+                                             in the output, of which the last token may be known to the device only
     p[t] ∝ exp(z[t] / T)  on what is left after  top-k → top-p → min-p;  T = 0: the first of the largest z
     token = first t with  Σ p over t and what comes before it  >  u
 
@@ -15,23 +16,21 @@ What comes before a token: all of larger z and the equal ones of smaller id. In 
 that keep `SORTED` tokens or more (or more before top-p) of a longer vocabulary: the tokens of smaller id.
 
 Sources: top-p: Holtzman et al. 2020 (arXiv:1904.09751); min-p: Nguyen et al. 2024 (arXiv:2407.01082); repetition
-penalty: Keskar et al. 2019 (arXiv:1909.05858); generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011.
+penalty: Keskar et al. 2019 (arXiv:1909.05858).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lorry.kernels import dispatch
+from lorry.kernels import dispatch, philox
 
 SORTED = 2048  # rows that keep fewer tokens are drawn from in the order of falling z
 TINY = 1e-30  # least temperature above 0
-
-_MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -75,18 +74,11 @@ class TokenValues:
 
 
 def uniforms(draws: Draws) -> Tensor:
-    """⌊Philox4x32-10(counter, key) / 2¹¹⌋ · 2⁻⁵³ of the first 64 bits of each row's block: float64 [R] in [0, 1).
-
-    key = (seed mod 2³², seed div 2³²), counter = (position mod 2³², position div 2³², index, 0)
-    """
-    k0, k1 = draws.seeds & _MASK, draws.seeds >> 32 & _MASK
-    c0, c1, c2 = draws.positions & _MASK, draws.positions >> 32 & _MASK, draws.indices
-    c3 = torch.zeros_like(c2)
-    for _ in range(10):
-        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2⁶⁴, which leaves all 64 bits right
-        c0, c1, c2, c3 = second >> 32 & _MASK ^ c1 ^ k0, second & _MASK, first >> 32 & _MASK ^ c3 ^ k1, first & _MASK
-        k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
-    return (c0 << 21 | c1 >> 11).double() * 2.0**-53
+    """The numbers of `lorry.kernels.philox` in its stream of tokens, on the CPU: float64 [R] in [0, 1)."""
+    seeds, indices, positions = (
+        column.cpu().numpy().view(np.uint64) for column in (draws.seeds, draws.indices, draws.positions)
+    )
+    return torch.from_numpy(philox.uniforms(seeds, indices, positions))
 
 
 def sample_reference(
@@ -103,6 +95,8 @@ def sample_reference(
 
 
 def _choose(z: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int:
+    if not z.max().isfinite():
+        return 0
     if temperature == 0:
         return int((z == z.max()).nonzero()[0, 0])
     kept, falling = kept_tokens(z, temperature, top_k, top_p, min_p)
@@ -146,8 +140,9 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Choose one token per row.
 
-    logits: float32 or bfloat16 [R, V], contiguous rows, any row stride, after the penalties; without NaN or +inf, one
-    finite number in each row at least; draws: what the random numbers depend on, or the numbers, float64 [R] in [0, 1)
+    logits: float32 or bfloat16 [R, V], contiguous rows, any row stride, after the penalties. A row of -inf alone gives
+    token 0; one with NaN or +inf some token of the vocabulary, and harms no other
+    draws: what the random numbers depend on, or the numbers, float64 [R] in [0, 1)
     raw: as logits, what the log-probability is of; None: logits
     Returns (token ids int64 [R], log softmax(raw)[token] float32 [R]). Nothing waits for the device.
     """
@@ -166,6 +161,7 @@ def penalize_reference(
     repetition: Tensor,
     presence: Tensor,
     frequency: Tensor,
+    last: Tensor | None = None,
 ) -> None:
     """As in `penalize`, row by row; every step is rounded to the dtype of logits as the kernel does."""
     for row, z in enumerate(logits):
@@ -176,6 +172,10 @@ def penalize_reference(
         if counts is not None:
             part = slice(*counts.starts[row : row + 2].tolist())
             ids, count = counts.token_ids[part].long(), counts.values[part]
+            if last is not None and (token := last[row]) >= 0:
+                count = count + (ids == token)
+                if not (ids == token).any():
+                    ids, count = torch.cat((ids, token[None])), torch.cat((count, count.new_ones(1)))
             scores = z[ids].float()
             scores = torch.where(scores < 0, scores * repetition[row], scores / repetition[row])
             z[ids] = (scores - (presence[row] * (count > 0) + frequency[row] * count)).to(z.dtype)
@@ -188,19 +188,21 @@ def penalize(
     repetition: Tensor,
     presence: Tensor,
     frequency: Tensor,
+    last: Tensor | None = None,
 ) -> None:
     """Add the bias, then apply repetition, presence and frequency penalties, in place.
 
     logits: float32 or bfloat16 [R, V], contiguous rows, any row stride; bias: what is added, -inf to forbid a token
     counts: every token of the prompt and the output once, its value how often the output holds it
-    repetition (1: off), presence, frequency (0: off): float32 [R]; rows without entries stay as they are
+    repetition (1: off), presence, frequency (0: off): float32 [R]; rows whose penalties are off stay as they are
+    last: int64 [R], one more token of the output, which counts do not know of; below 0: none
     """
     if dispatch.on_gpu(logits):
         from lorry.kernels.triton import penalties as gpu
 
-        gpu.penalize(logits, bias, counts, repetition, presence, frequency)
+        gpu.penalize(logits, bias, counts, repetition, presence, frequency, last)
         return
-    penalize_reference(logits, bias, counts, repetition, presence, frequency)
+    penalize_reference(logits, bias, counts, repetition, presence, frequency, last)
 
 
 def _check(logits: Tensor, rows: SamplingRows) -> None:

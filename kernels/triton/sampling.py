@@ -279,8 +279,8 @@ def _list(
         low = (bound + 1).to(tl.int32)
     chosen = block_key >= low
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    count = tl.max(place) + 1
-    tl.store(listed + place, block, mask=chosen)
+    count = tl.minimum(tl.max(place) + 1, LISTED)
+    tl.store(listed + place, block, mask=chosen & (place < LISTED))  # blocks of NaN pass every bound
     tl.debug_barrier()  # the list is read by other threads than wrote it
     which = tl.arange(0, LISTED)
     start = tl.load(listed + which, mask=which < count, other=0)
@@ -343,7 +343,7 @@ def draw_kernel(
             unscaled = (target - before) / _weight(own_max, top, scale).to(tl.float64)
             token = _inside_tile(logits, found, own_max, scale, unscaled, V, TILE)
 
-    token = tl.minimum(token, V - 1)  # NaN must not become an address
+    token = tl.where((top > float("-inf")) & (token < V), token, 0)  # NaN must not become an address
     raw_max = tl.load(raw_maxima + row * tiles + tile, mask=tile < tiles, other=float("-inf"))
     raw_sum = tl.load(raw_sums + row * tiles + tile, mask=tile < tiles, other=0.0)
     raw_top = tl.max(raw_max)
@@ -373,9 +373,10 @@ def sample(
     tiles, blocks = triton.cdiv(vocabulary, tile), triton.cdiv(vocabulary, BLOCK)
     listed = min(listed, triton.next_power_of_2(blocks))
     block_maxima = torch.empty(count, blocks, dtype=torch.float32, device=logits.device)
+    plane = -(-count * tiles // 4) * 4  # aligned for every count of rows: none is compiled for by itself
     tables = []
     for source in (logits,) if raw is logits else (raw, logits):  # logits last: the block maxima that stay are theirs
-        statistics = torch.empty(3, count, tiles, dtype=torch.float32, device=logits.device)
+        statistics = torch.empty(3, plane, dtype=torch.float32, device=logits.device)
         tiles_kernel[tiles, count](
             source, rows.temperature, rows.top_k, rows.top_p, rows.min_p,
             statistics[0], statistics[1], statistics[2], block_maxima,

@@ -32,7 +32,7 @@ logits of all of them, and `Row.draft_token_ids` holds the proposal while decide
 logits rows, 1 + d each. The strategy accepts m of them (all that greedy would have chosen; rejection sampling
 otherwise) and returns one continuation with m + 1 tokens. The loop truncates the sequence's blocks to what
 was accepted. The draws of a rejection come from their own stream of the counter-based generator
-(`philox.uniforms`), so seeds still decide.
+(`lorry.kernels.philox`), so seeds still decide.
 
 **Grammars, bad words, allowed tokens.** A `Processor` changes the logits before anything is chosen: a grammar
 keeps its matcher per `Row.key`, derives it again from the tokens when it meets a new key, and writes -inf for

@@ -10,7 +10,7 @@ less likely one, so what is left is "all tokens with z at least a threshold": to
 dropped together (transformers does so for top-k and min-p; in its top-p the order of equal tokens is
 accidental).
 
-A row's draw depends on its logits and (seed, index, number of tokens it has put out), see `philox.py`: one
+A row's draw depends on its logits and (seed, index, number of tokens it has put out), see `lorry.kernels.philox`: one
 uniform number u per token, inverted through the cumulative distribution, in the order of falling z (truncated
 rows) or of token ids (plain rows). T = 0 is argmax: the smallest id among equals.
 
@@ -29,9 +29,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorry.kernels.philox import uniforms
 from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
 from lorry.server.decoding.logprobs import token_logprobs
-from lorry.server.decoding.philox import uniforms
 from lorry.server.decoding.processors import Processors
 from lorry.server.decoding.rowwise import (
     Doubles,

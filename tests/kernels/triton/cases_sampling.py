@@ -27,7 +27,8 @@ def _penalize() -> None:
         TokenValues(torch.empty(ROWS + 1, dtype=torch.int32), torch.empty(4096, dtype=torch.int32), torch.empty(4096))
         for _ in range(2)
     ]
-    penalize(torch.empty(ROWS, VOCABULARY), *lists, torch.empty(ROWS), torch.empty(ROWS), torch.empty(ROWS))
+    last = torch.empty(ROWS, dtype=torch.int64)
+    penalize(torch.empty(ROWS, VOCABULARY), *lists, torch.empty(ROWS), torch.empty(ROWS), torch.empty(ROWS), last)
 
 
 CASES = {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorry.kernels.philox import uniforms as cpu_uniforms
 from lorry.kernels.sampling import (
     SORTED,
     Draws,
@@ -25,7 +26,6 @@ from lorry.kernels.sampling import (
 from lorry.kernels.triton import penalties
 from lorry.kernels.triton import sampling as gpu
 from lorry.server.decoding.interface import Row
-from lorry.server.decoding.philox import uniforms as cpu_uniforms
 from lorry.server.decoding.processors import LogitBias, Penalties
 from lorry.server.decoding.sampling import choose
 from lorry.server.params import SamplingParams, StoppingParams
@@ -253,10 +253,14 @@ def penalty_lists(device: str) -> tuple[TokenValues, TokenValues, list[Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("which", ["both", "bias", "counts"])
+@pytest.mark.parametrize("which", ["both", "bias", "counts", "listed last", "new last"])
 def test_penalties_have_the_references_bits(device: str, dtype: torch.dtype, which: str) -> None:
     bias, counts, parameters = penalty_lists(device)
     lists = (bias if which != "counts" else None, counts if which != "bias" else None)
+    if which.endswith("last"):
+        new = [t for t in range(3001) if t not in counts.token_ids[-1345:].tolist()][7]
+        last = int(counts.token_ids[37 + 1300]) if which == "listed last" else new
+        parameters = [*parameters, torch.tensor([-1, -1, last, 2], device=device)]
     logits = logits_of("normal", 4, 3001, dtype).to(device)
     logits[0, counts.token_ids[3].long()] = -torch.inf
     wanted = logits.clone()
@@ -266,6 +270,27 @@ def test_penalties_have_the_references_bits(device: str, dtype: torch.dtype, whi
         assert torch.allclose(logits.float(), wanted.float(), rtol=2.0**-7, atol=2.0**-4)
         return
     assert torch.equal(logits, wanted)
+
+
+@pytest.mark.parametrize("last", [9, 700, 33])
+def test_a_last_token_counts_as_if_it_stood_in_the_list(device: str, last: int) -> None:
+    z = logits_of("normal", 2, VOCABULARY, torch.float32).contiguous().to(device)
+    parameters = [torch.tensor([value, value], device=device) for value in (1.7, 0.3, 0.7)]
+
+    def penalized(counts: dict[int, float], *news: int) -> Tensor:
+        ids, numbers = torch.tensor([*counts], dtype=torch.int32), torch.tensor([*counts.values()])
+        starts = torch.tensor([0, len(counts), len(counts)], dtype=torch.int32)  # the second row's list is empty
+        lists = TokenValues(starts.to(device), ids.to(device), numbers.to(device))
+        new = torch.tensor(news, device=device) if news else None
+        penalties.penalize(found := z.clone(), None, lists, *parameters, new)
+        return found
+
+    counts = {5: 0.0, 9: 2.0, 700: 0.0}
+    wanted = penalized({**counts, last: counts.get(last, 0.0) + 1})
+    assert torch.equal(penalized(counts, last, -1), wanted)
+    assert torch.equal(penalized(counts, -1, -1), penalized(counts))
+    assert not torch.equal(wanted, penalized(counts))
+    assert (penalized(counts, -1, last)[1] != z[1]).nonzero().tolist() == [[last]]
 
 
 def test_penalties_have_the_bits_of_the_cpus_processors(device: str) -> None:
@@ -287,6 +312,37 @@ def test_penalties_have_the_bits_of_the_cpus_processors(device: str) -> None:
     numbers = [torch.tensor([value], device=device) for value in (1.7, 0.3, 0.7)]
     penalties.penalize(found, values(bias), counts, *numbers)
     assert torch.equal(found.cpu(), wanted)
+
+
+def test_rows_without_a_finite_number_stay_inside_and_harm_nobody(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary, form = 401, {"tile": 128, "listed": 2, "chunk": 256}
+    cuts = [CUTS[name] for name in ("plain", "greedy", "all three")]
+    healthy = logits_of("normal", len(cuts), vocabulary, torch.float32).to(device)
+    broken = healthy.new_full((4, vocabulary), torch.nan)
+    broken[1, 3] = 1.0
+    broken[3].view(torch.int32)[128:] = 0x7FFFFFFF  # blocks beyond every bound, by whichever way NaN are compared
+    broken[2] = torch.inf
+    forbidden = torch.full_like(healthy, -torch.inf)
+    z = torch.cat((healthy, forbidden, *(row.expand(len(cuts), -1) for row in broken)))
+    uniform = torch.linspace(0.05, 0.95, len(z), dtype=torch.float64, device=device)
+    guards, empty = [], torch.empty
+
+    def guarded(*shape: int, **kind: Any) -> Tensor:
+        made = empty(shape[0] + 40, *shape[1:], **kind).fill_(77)
+        guards.append(made[shape[0] :])
+        return made[: shape[0]]
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    tokens, _ = gpu.sample(z, rows_of(cuts * 6, device), uniform, **form)
+    monkeypatch.undo()
+    assert all(bool((guard == 77).all()) for guard in guards)
+    assert tokens.min() >= 0 and tokens.max() < vocabulary
+    assert tokens[len(cuts) :][: len(cuts)].tolist() == [0] * len(cuts)
+    alone, _ = gpu.sample(healthy, rows_of(cuts, device), uniform[: len(cuts)], **form)
+    assert torch.equal(tokens[: len(cuts)], alone)
+    reference, _ = sample_reference(z.cpu(), rows_of(cuts * 6, "cpu"), uniform.cpu())
+    assert reference.min() >= 0 and reference.max() < vocabulary
+    assert reference[len(cuts) :][: len(cuts)].tolist() == [0] * len(cuts)
 
 
 def test_parameters_of_another_type_are_refused(device: str) -> None:

@@ -1,7 +1,7 @@
 """Random numbers that depend only on who draws them.
 
-    u(seed, index, position, stream) = ⌊Philox4x32-10(counter, key) / 2¹¹⌋ · 2⁻⁵³   (the first 64 bits of the
-    block) key = (seed mod 2³², seed div 2³²),  counter = (position mod 2³², position div 2³², index, stream)
+    u(seed, index, position, stream) = ⌊Philox4x32-10(counter, key) / 2¹¹⌋ · 2⁻⁵³     (the first 64 bits of the block)
+    key = (seed mod 2³², seed div 2³²),  counter = (position mod 2³², position div 2³², index, stream)
 
 There is no state: a sequence's n-th token gets the same number alone, in any batch, and after a preemption.
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
@@ -9,10 +9,8 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 TOKEN_STREAM = 0  # the draw of a token; every other use of randomness takes a stream of its own
 
@@ -38,11 +36,11 @@ def philox4x32(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[
 
 
 def uniforms(
-    seeds: Sequence[int], indices: Sequence[int], positions: Sequence[int], stream: int = TOKEN_STREAM
+    seeds: ArrayLike, indices: ArrayLike, positions: ArrayLike, stream: int = TOKEN_STREAM
 ) -> NDArray[np.float64]:
     """One number in [0, 1) per row, a multiple of 2⁻⁵³.
 
-    seeds: unsigned 64 bits
+    seeds: R numbers of unsigned 64 bits
     indices: number of the sequence within its request, < 2³²
     positions: how many tokens the sequence has put out before this one
     stream: separates uses of randomness at one position, < 2³²

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorry.server.decoding.philox import philox4x32, uniforms
+from lorry.kernels.philox import philox4x32, uniforms
 
 VECTORS = [  # Random123's kat_vectors: counter, key, output of philox 4x32, 10 rounds
     ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
