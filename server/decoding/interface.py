@@ -3,9 +3,17 @@
 The loop knows three verbs, plan → forward → commit. Commit hands the rows that have logits to a `Strategy`
 and gets back `Continuation`s: which row goes on, with which tokens. Everything else is the loop's: appending
 tokens, end-of-sequence, stop ids and lengths, forking block tables, freeing, sending. Everything about
-probabilities is the strategy's. How the strategies of the field fit:
+probabilities is the strategy's.
 
-**Sampling, greedy** (`sampling.py`). One continuation with one token per row.
+A GPU must not stand still while the host reads a token, so a strategy may also `begin`: it enqueues the choice on
+the device, whose next forward takes the tokens from there, and the host reads them one step later. The loop plans
+ahead only while every row of the batch `can_begin`; else it waits for `decide` in each step. A strategy that can
+name a row's next token without the host in between offers it; the default is that it cannot.
+
+How the strategies of the field fit:
+
+**Sampling, greedy** (`sampling.py`). One continuation with one token per row. They can begin, whatever their
+parameters are; beams, candidates and drafts, of which the host forks and truncates sequences, cannot.
 
 **n > 1, best of n.** n sequences share the prompt's blocks from the start and differ by `Row.index`, which
 the random draws depend on. Best of n keeps the sum of log-probabilities per `Row.key` and ends the group with
@@ -37,7 +45,7 @@ was accepted. The draws of a rejection come from their own stream of the counter
 **Grammars, bad words, allowed tokens.** A `Processor` changes the logits before anything is chosen: a grammar
 keeps its matcher per `Row.key`, derives it again from the tokens when it meets a new key, and writes -inf for
 the whole batch at once from one bit mask. With drafts it gets one `Row` per logits row, whose output includes
-the draft so far.
+the draft so far. A matcher needs each token on the host, so such rows cannot begin.
 
 **Guidance.** A request is two sequences of one group: the second one has another combo (no adapter) or
 another prompt, and its whole output is `held`. decide mixes their two logits rows, and continues both with
@@ -105,16 +113,16 @@ class Continuation:
 
 
 class Pending(Protocol):
-    """Tokens on their way from the device.
+    """Tokens under way: chosen by work that is enqueued on the device, and on their way to the host.
 
-    tokens: int64 [R] on the logits' device, the next token of each row; the engine feeds them to the next step unseen
+    tokens: int64 [R] on the logits' device, the next token of each row, which the next step's forward takes from there
     """
 
     @property
     def tokens(self) -> Tensor: ...
 
     def continuations(self) -> list[Continuation]:
-        """One for each row, as `decide` returns them; waits until the device has chosen."""
+        """One continuation of one token per row, in order. Waits until these tokens are on the host, and no longer."""
         ...
 
 
@@ -137,14 +145,18 @@ class Strategy(Protocol):
         ...
 
     def can_begin(self, row: Row) -> bool:
-        """Whether `begin` serves the row; constant for its life."""
+        """Whether `begin` serves this row; constant for the life of the row."""
         return False
 
-    def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor) -> Pending:
-        """As `decide`, without waiting for the device, for rows with one token each.
+    def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor | None) -> Pending:
+        """As `decide`, but nothing waits for the device: the tokens that `decide` would choose with the whole history.
 
-        unread: [R], 0 or 1, tokens of each row that were begun before and are not among `output_token_ids` yet
-        last: int64 [R] on the device, the token that each row's logits follow, the unread one where there is one
+        rows: R sequences that `can_begin`, one token each
+        logits: float32 [R, V]. The callee may overwrite them
+        unread: of each row 0 or 1, how many tokens were chosen on the device that `output_token_ids` lacks yet
+        last: int64 [R] on the logits' device, the value of that token, void where unread is 0; None: all unread are 0
+
+        When the result's `continuations` are asked for, every row's output is complete up to this step's token.
         """
         raise NotImplementedError
 

@@ -9,12 +9,12 @@ Sources: repetition: Keskar et al. 2019 (CTRL), as transformers' RepetitionPenal
 frequency: as OpenAI's API and vLLM define them, over the output only.
 
 Every step is a gather and a scatter of the few logits it changes, over all its rows at once. Rows without the
-step are not touched, and cost nothing.
+step are not touched, and cost nothing. `lists.py` says the same to a device that is not waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,31 +23,33 @@ from torch import Tensor
 
 from lorry.server.decoding.interface import Processor, Row
 
-Ints = NDArray[np.int64]
+Ids = NDArray[np.int32]
 Floats = NDArray[np.float32]
+Entries = tuple[Ids, Floats]  # distinct token ids, a number for each
 
 
 class LogitBias:
     """z[t] += bias[t]. Raises IndexError for ids outside the vocabulary: the frontend refuses them."""
 
     def __init__(self) -> None:
-        self._bias: dict[int, tuple[Ints, Floats]] = {}
+        self._bias: dict[int, Entries] = {}
 
     def applies(self, row: Row) -> bool:
         return bool(row.sampling.logit_bias)
 
     def apply(self, rows: Sequence[Row], places: Sequence[int], logits: Tensor) -> None:
-        parts = [self._of(row) for row in rows]
+        parts = [self.entries(row) for row in rows]
         flat, at = _flat(logits, places, [ids for ids, _ in parts])
         flat[at] += _tensor(np.concatenate([bias for _, bias in parts]), logits)
 
     def release(self, key: int) -> None:
         self._bias.pop(key, None)
 
-    def _of(self, row: Row) -> tuple[Ints, Floats]:
+    def entries(self, row: Row) -> Entries:
+        """The row's tokens with a bias, and the biases."""
         if row.key not in self._bias:
             bias = row.sampling.logit_bias
-            self._bias[row.key] = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
+            self._bias[row.key] = np.array(list(bias), np.int32), np.array(list(bias.values()), np.float32)
         return self._bias[row.key]
 
 
@@ -64,20 +66,10 @@ class Penalties:
         )
 
     def apply(self, rows: Sequence[Row], places: Sequence[int], logits: Tensor) -> None:
-        tables = [self._updated(row) for row in rows]
+        tables = [self.table(row) for row in rows]
         flat, at = _flat(logits, places, [table.token_ids for table in tables])
         counts = _tensor(np.concatenate([table.counts for table in tables]), logits)
-        parameters = np.array(
-            [
-                (
-                    row.sampling.repetition_penalty,
-                    row.sampling.presence_penalty,
-                    row.sampling.frequency_penalty,
-                )
-                for row in rows
-            ],
-            np.float32,
-        )
+        parameters = np.array([penalties(row) for row in rows], np.float32)
         lengths = [len(table.token_ids) for table in tables]
         repetition, presence, frequency = _tensor(np.repeat(parameters, lengths, axis=0).T, logits)
         scores = flat[at]
@@ -87,7 +79,8 @@ class Penalties:
     def release(self, key: int) -> None:
         self._tables.pop(key, None)
 
-    def _updated(self, row: Row) -> TokenTable:
+    def table(self, row: Row) -> TokenTable:
+        """The row's tokens so far."""
         table = self._tables.get(row.key)
         if table is None:
             table = self._tables[row.key] = TokenTable(row.prompt_token_ids)
@@ -100,13 +93,13 @@ class TokenTable:
 
     def __init__(self, prompt_token_ids: Sequence[int]) -> None:
         self._place = {token_id: place for place, token_id in enumerate(dict.fromkeys(prompt_token_ids))}
-        self._token_ids = np.fromiter(self._place, np.int64, len(self._place))
+        self._token_ids = np.fromiter(self._place, np.int32, len(self._place))
         self._counts = np.zeros(len(self._place), np.float32)
         self._seen = 0
 
     @property
-    def token_ids(self) -> Ints:
-        """int64 [U]"""
+    def token_ids(self) -> Ids:
+        """int32 [U]"""
         return self._token_ids[: len(self._place)]
 
     @property
@@ -126,7 +119,7 @@ class TokenTable:
 
     def _grow(self) -> None:
         spare = max(16, len(self._token_ids))
-        self._token_ids = np.concatenate((self._token_ids, np.zeros(spare, np.int64)))
+        self._token_ids = np.concatenate((self._token_ids, np.zeros(spare, np.int32)))
         self._counts = np.concatenate((self._counts, np.zeros(spare, np.float32)))
 
 
@@ -139,7 +132,7 @@ class MinNewTokens:
 
     def apply(self, rows: Sequence[Row], places: Sequence[int], logits: Tensor) -> None:
         short = [
-            (place, _ending(row, logits.shape[1]))
+            (place, ending(row, logits.shape[1]))
             for row, place in zip(rows, places, strict=True)
             if len(row.output_token_ids) < row.stopping.min_new_tokens
         ]
@@ -167,6 +160,10 @@ class Processors:
             self._needs[row.key] = found
         return found
 
+    def of(self, row: Row) -> Iterator[Processor]:
+        """The processors that the row uses, in their order."""
+        return (self._chain[i] for i in self.needs(row))
+
     def apply(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Change the logits of the rows that ask for it, in place.
 
@@ -187,22 +184,34 @@ class Processors:
                 processor.release(key)
 
 
-def _ending(row: Row, vocabulary: int) -> Ints:
+def penalties(row: Row) -> tuple[float, float, float]:
+    """Repetition, presence, frequency."""
+    sampling = row.sampling
+    return sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+
+
+def ending(row: Row, vocabulary: int) -> Ids:
+    """The token ids inside the vocabulary that can end the sequence; possibly twice."""
     eos = () if row.stopping.ignore_eos else row.eos_token_ids
-    return np.array([t for t in (*eos, *row.stopping.stop_token_ids) if t < vocabulary], np.int64)
+    return np.array([t for t in (*eos, *row.stopping.stop_token_ids) if t < vocabulary], np.int32)
 
 
-def _flat(logits: Tensor, places: Sequence[int], token_ids: Sequence[Ints]) -> tuple[Tensor, Tensor]:
+def _flat(logits: Tensor, places: Sequence[int], token_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
     """The logits as one vector [R·V], and the positions in it of each place's token ids, concatenated.
 
     Raises IndexError for a token id outside the vocabulary, which would fall into another row.
     """
     vocabulary = logits.shape[1]
     joined = np.concatenate(token_ids)
-    if joined.size and not 0 <= joined.min() <= joined.max() < vocabulary:
-        raise IndexError(f"token ids from {joined.min()} to {joined.max()} in a vocabulary of {vocabulary}")
+    check_inside(joined, vocabulary)
     offsets = np.repeat(np.array(places, np.int64) * vocabulary, [len(ids) for ids in token_ids])
     return logits.view(-1), torch.from_numpy(joined + offsets).to(logits.device)
+
+
+def check_inside(token_ids: Ids, vocabulary: int) -> None:
+    """Raise IndexError for a token id outside the vocabulary."""
+    if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < vocabulary:
+        raise IndexError(f"token ids from {token_ids.min()} to {token_ids.max()} in a vocabulary of {vocabulary}")
 
 
 def _tensor(values: Floats, logits: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Measured on two cores, 16 rows × 49,152: `torch.argmax` 1.0 ms, numpy's 0.13 ms; `torch.topk(64)` 2.3 ms,
 `torch.sort` 43 ms, the block maxima of `top_values` 0.6 ms, numpy's vectorised partition 1.3 ms and sort 3.7
-ms. Hence numpy on the CPU, where it shares the tensor's memory; on other devices torch.
+ms. Hence numpy, which shares the memory of a tensor on the CPU; no other tensors come here.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ def argmax(logits: Tensor) -> Ints:
 
     logits: float32 [R, V]. Returns int64 [R].
     """
-    if logits.device.type == "cpu":
-        return np.asarray(np.argmax(logits.numpy(), axis=1), np.int64)
-    return np.asarray(logits.argmax(dim=1).cpu().numpy(), np.int64)
+    return np.asarray(np.argmax(logits.numpy(), axis=1), np.int64)
 
 
 def top_values(logits: Tensor, count: int) -> NDArray[np.float32]:
@@ -36,8 +34,6 @@ def top_values(logits: Tensor, count: int) -> NDArray[np.float32]:
     """
     vocabulary = logits.shape[1]
     count = min(count, vocabulary)
-    if logits.device.type != "cpu":
-        return np.asarray(logits.topk(count, dim=1).values.cpu().numpy())
     values = logits.numpy()
     if count * BLOCK * 4 <= vocabulary:
         values = _candidates(logits, count)
@@ -67,11 +63,7 @@ def nth_equal(logits: Tensor, values: NDArray[np.float32], nth: Ints) -> Ints:
 
     logits: float32 [R, V]; values: float32 [R]; nth: int64 [R]. Returns int64 [R].
     """
-    wanted = torch.from_numpy(values).to(logits.device)[:, None]
-    if logits.device.type == "cpu":
-        equal = logits.numpy() == wanted.numpy()
-    else:
-        equal = (logits == wanted).cpu().numpy()
+    equal = logits.numpy() == values[:, None]
     found = np.asarray(equal.argmax(axis=1), np.int64)
     for row in np.flatnonzero(nth):
         found[row] = np.flatnonzero(equal[row])[nth[row]]
@@ -86,7 +78,7 @@ def probabilities(logits: Tensor, temperatures: NDArray[np.float32]) -> Tensor:
     """
     if np.any(temperatures != 1.0):
         logits = logits - logits.amax(dim=1, keepdim=True)
-        logits.div_(torch.from_numpy(temperatures).to(logits.device)[:, None])
+        logits.div_(torch.from_numpy(temperatures)[:, None])
     p = torch.softmax(logits, dim=1)
     ragged = p.shape[1] % WIDTH
     return torch.nn.functional.pad(p, (0, WIDTH - ragged)) if ragged else p
@@ -98,7 +90,7 @@ def cumulative_sums(p: Tensor) -> Doubles:
     p: float32 [R, C · WIDTH]. Returns float64 [R, C].
     """
     sums = p.view(len(p), -1, WIDTH).sum(dim=2)
-    return np.cumsum(sums.cpu().numpy(), axis=1, dtype=np.float64)
+    return np.cumsum(sums.numpy(), axis=1, dtype=np.float64)
 
 
 def draw(p: Tensor, uniform: Doubles) -> Ints:
@@ -112,7 +104,7 @@ def draw(p: Tensor, uniform: Doubles) -> Ints:
     span = first_above(cumulative, target)
     before = np.where(span > 0, cumulative[rows, span - 1], 0.0)
     inside = p.view(len(p), -1, WIDTH)[torch.from_numpy(rows), torch.from_numpy(span)]
-    return span * WIDTH + first_above(np.cumsum(inside.cpu().numpy(), axis=1, dtype=np.float64), target - before)
+    return span * WIDTH + first_above(np.cumsum(inside.numpy(), axis=1, dtype=np.float64), target - before)
 
 
 def first_above(cumulative: Doubles, target: Doubles) -> Ints:

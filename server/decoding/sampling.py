@@ -18,6 +18,9 @@ Truncated rows do not sort the vocabulary. The largest 128 values come from bloc
 below them, the largest 2048 from a partition; a row that keeps more than that gets its threshold from its sorted
 probabilities and is drawn from like a plain row. Sums run in float64 from the largest down, and how a row is done
 depends on that row only, so that its draw has the same bits in any batch.
+
+That is the CPU's way, in this file and in `rowwise.py`. On a GPU `lorry.kernels.sampling` draws the same tokens, but
+for a number within rounding of a boundary; `decide` then is `begin` and a wait.
 """
 
 from __future__ import annotations
@@ -29,8 +32,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorry.kernels import dispatch
 from lorry.kernels.philox import uniforms
+from lorry.server.decoding import on_device
 from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
+from lorry.server.decoding.lists import listed, token_lists
 from lorry.server.decoding.logprobs import token_logprobs
 from lorry.server.decoding.processors import Processors
 from lorry.server.decoding.rowwise import (
@@ -61,6 +67,8 @@ class Sampling(Strategy):
     def decide(self, rows: Sequence[Row], logits: Tensor, hidden_states: Tensor | None = None) -> list[Continuation]:
         """One continuation of one token per row, in order. Overwrites the logits of rows with processors."""
         asking = [place for place, row in enumerate(rows) if row.logprobs is not None]
+        if dispatch.on_gpu(logits):
+            return self._decide_on_device(rows, logits, bool(asking))
         raw = logits[asking] if asking else None
         self.processors.apply(rows, logits)
         tokens = choose(rows, logits)
@@ -80,8 +88,23 @@ class Sampling(Strategy):
             for place, token in enumerate(tokens)
         ]
 
-    def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor) -> Pending:
-        raise NotImplementedError
+    def _decide_on_device(self, rows: Sequence[Row], logits: Tensor, asking: bool) -> list[Continuation]:
+        unread = [0] * len(rows)
+        if all(self.can_begin(row) for row in rows):
+            return self.begin(rows, logits, unread, None).continuations()
+        raw = logits.clone() if asking else None
+        self.processors.apply(rows, logits)
+        return on_device.begin(rows, logits, None, unread, None, raw).continuations()
+
+    def can_begin(self, row: Row) -> bool:
+        """True for every row whose processors lists can tell; only processors of another make cannot be."""
+        return listed(self.processors, row)
+
+    @torch.inference_mode()
+    def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor | None) -> Pending:
+        """One token per row, enqueued; see `on_device.py`. Overwrites the logits of rows with processors."""
+        lists = token_lists(self.processors, rows, unread, logits.shape[1])
+        return on_device.begin(rows, logits, lists, unread, last)
 
     def release(self, key: int) -> None:
         self.processors.release(key)
@@ -151,7 +174,7 @@ def truncated_draw(logits: Tensor, truncation: Truncation, uniform: Doubles) -> 
     whole = np.flatnonzero((truncation.top_k >= vocabulary) & (truncation.top_p < 1.0))
     if whole.size:
         p = probabilities(_take(logits, whole), truncation.temperature[whole])
-        mass[whole] = cumulative_sums(p)[:, -1] / p.amax(dim=1).cpu().numpy()
+        mass[whole] = cumulative_sums(p)[:, -1] / p.amax(dim=1).numpy()
     tokens = np.empty(rows, np.int64)
     left = np.arange(rows)
     for count in LISTS:
@@ -179,7 +202,7 @@ def cut(p: Tensor, truncation: Truncation) -> Tensor:
 
     p: float32 [R, C]. Returns float32 [R, C].
     """
-    left = p.cpu().numpy().copy()
+    left = p.numpy().copy()
     for row, top_k, top_p, min_p in zip(left, truncation.top_k, truncation.top_p, truncation.min_p, strict=True):
         descending = np.sort(row)[::-1]
         cumulative = np.cumsum(descending, dtype=np.float64)
@@ -189,7 +212,7 @@ def cut(p: Tensor, truncation: Truncation) -> Tensor:
             nucleus = 1 + np.searchsorted(cumulative, top_p * mass)
             least = max(least, descending[min(nucleus, len(row)) - 1])
         row[row < max(least, np.float32(min_p) * descending[0])] = 0
-    return torch.from_numpy(left).to(p.device)
+    return torch.from_numpy(left)
 
 
 def _kept(
@@ -242,4 +265,4 @@ def _uniforms(rows: Sequence[Row]) -> Doubles:
 
 
 def _take(logits: Tensor, rows: Ints) -> Tensor:
-    return logits if len(rows) == len(logits) else logits[torch.from_numpy(rows).to(logits.device)]
+    return logits if len(rows) == len(logits) else logits[torch.from_numpy(rows)]

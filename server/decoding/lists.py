@@ -1,0 +1,101 @@
+"""What the processors do to the logits of a batch, as lists of tokens that travel to the device with the parameters.
+
+    z[t] += added[t]           bias, and -inf for what must not end the sequence yet
+    penalties on t             for each distinct token t of prompt and output, with its count in the output
+
+The host's tables hold all tokens but the one that a step ahead of the host leaves unread; `penalize` counts that one in
+on the device. So lists follow from the row's tokens alone, and nothing of them stays on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorry.server.decoding.interface import Row
+from lorry.server.decoding.processors import (
+    Entries,
+    Floats,
+    Ids,
+    LogitBias,
+    MinNewTokens,
+    Penalties,
+    Processors,
+    check_inside,
+    ending,
+    penalties,
+)
+
+NOTHING: Entries = (np.empty(0, np.int32), np.empty(0, np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLists:
+    """As `lorry.kernels.sampling.penalize` takes them, for R rows.
+
+    added, counted: starts int32 [R + 1], token ids int32 [E], numbers float32 [E]
+    penalties: float32 [3, R], repetition, presence, frequency; off in rows that ask for none
+    counting: bool [R], rows with penalties that have an unread token
+    """
+
+    added: tuple[NDArray[np.int32], Ids, Floats]
+    counted: tuple[NDArray[np.int32], Ids, Floats]
+    penalties: Floats
+    counting: NDArray[np.bool_]
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """The fields in their order, tuples and rows one by one."""
+        return [*self.added, *self.counted, *self.penalties, self.counting]
+
+
+def listed(processors: Processors, row: Row) -> bool:
+    """Whether lists can say all that a row's processors do; constant for the life of the row."""
+    return all(isinstance(processor, LogitBias | Penalties | MinNewTokens) for processor in processors.of(row))
+
+
+def token_lists(
+    processors: Processors, rows: Sequence[Row], unread: Sequence[int], vocabulary: int
+) -> TokenLists | None:
+    """What the processors would do once the output of each row has grown by its unread token, if it has one.
+
+    rows: R `listed` rows; unread: 0 or 1 each
+    Returns None when no row needs anything. Raises IndexError for a token id outside the vocabulary.
+    """
+    if not any(processors.needs(row) for row in rows):
+        return None
+    added, counted = [NOTHING] * len(rows), [NOTHING] * len(rows)
+    parameters = np.tile(np.array([[1.0], [0.0], [0.0]], np.float32), (1, len(rows)))
+    counting = np.zeros(len(rows), np.bool_)
+    for place, (row, more) in enumerate(zip(rows, unread, strict=True)):
+        for processor in processors.of(row):
+            if isinstance(processor, LogitBias):
+                added[place] = processor.entries(row)
+            elif isinstance(processor, Penalties):
+                table = processor.table(row)
+                counted[place] = table.token_ids, table.counts
+                parameters[:, place] = penalties(row)
+                counting[place] = more > 0
+            elif len(row.output_token_ids) + more < row.stopping.min_new_tokens:
+                added[place] = _forbidding(added[place], ending(row, vocabulary))
+    return TokenLists(_ragged(added, vocabulary), _ragged(counted, vocabulary), parameters, counting)
+
+
+def _forbidding(added: Entries, token_ids: Ids) -> Entries:
+    """`added`, but -inf for `token_ids`."""
+    ids, values = added
+    others = ~np.isin(ids, token_ids)
+    forbidden = np.unique(token_ids)
+    infinite = np.full(len(forbidden), -np.inf, np.float32)
+    return np.concatenate((ids[others], forbidden)), np.concatenate((values[others], infinite))
+
+
+def _ragged(rows: Sequence[Entries], vocabulary: int) -> tuple[NDArray[np.int32], Ids, Floats]:
+    starts = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(ids) for ids, _ in rows], out=starts[1:])
+    token_ids = np.concatenate([ids for ids, _ in rows])
+    check_inside(token_ids, vocabulary)
+    return starts, token_ids, np.concatenate([values for _, values in rows])
