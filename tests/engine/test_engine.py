@@ -336,10 +336,11 @@ def test_messages_come_in_order(build: Any, generate: Any) -> None:
         assert sum(m.finish is not None for m in mine[2:]) == 1 + i % 2  # type: ignore[union-attr]
 
 
-def test_random_lives(build: Any, generate: Any) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_random_lives(build: Any, generate: Any, ahead: bool) -> None:
     """Everything at once on a pool of a few adapters and few blocks; each finished answer equals its solo run."""
     random_ = random.Random(11)
-    engine: LocalEngine = build(blocks=7, adapter_memory=600_000, max_running=6, token_budget=40)
+    engine: LocalEngine = build(blocks=7, adapter_memory=600_000, max_running=6, token_budget=40, ahead=ahead)
     requests: dict[str, Generate] = {}
     aborted: set[str] = set()
     for step in range(70):
@@ -362,9 +363,9 @@ def test_random_lives(build: Any, generate: Any) -> None:
             aborted.add(victim)
             engine.send(Abort(victim))
         engine.step()
-        engine.engine.scheduler.check()
+        engine.engine.scheduler.check(under_way=ahead)
         if step % 8 == 0:
-            engine.engine.check()
+            engine.engine.adapters.check()
     engine.run()
     assert engine.engine.scheduler.preemptions > 0
     assert sum(stats.adapter_evictions for stats in engine.messages if isinstance(stats, Stats)) > 0
