@@ -115,24 +115,14 @@ class Decoder:
             config = dataclasses.replace(config, context_length=context_length)
         dense_dtype = dtype if dtype.itemsize < 4 else None
         placement = Placement(device)
-        ends = read_ends(checkpoint)
-        embedding = ends.embedding.to(device)
-        head = None if ends.head is None else Projection([placement.place(ends.head)], None, dense_dtype)
+        embedding, final_norm, head = _read_ends(checkpoint, placement, dtype, dense_dtype)
         layers = []
         for index in range(config.layers):
             layers.append(_read_layer(checkpoint, index, placement, dtype, dense_dtype, products))
             if progress:
                 progress("load", index + 1, config.layers)
         checkpoint.close()
-        return cls(
-            config,
-            layers,
-            DenseLinear(embedding if dense_dtype is None else embedding.to(dense_dtype)),
-            ends.final_norm.to(device, dtype),
-            head,
-            dtype,
-            device,
-        )
+        return cls(config, layers, embedding, final_norm, head, dtype, device)
 
     def forward(self, inputs: ModelInputs, kv: KeyValueCache, pages: AdapterPages | None = None) -> Tensor:
         """Hidden states [T, H] after the final norm, in `dtype`; stores this step's keys and values into `kv`.
@@ -273,6 +263,16 @@ def _sites(shapes: dict[str, tuple[int, int]], names: tuple[str, ...]) -> tuple[
         sites.append(Site(index=SITES.index(name), start=start, size=size))
         start += size
     return tuple(sites)
+
+
+def _read_ends(
+    checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype, dense_dtype: torch.dtype | None
+) -> tuple[DenseLinear, Tensor, Projection | None]:
+    """Embedding, final norm and head on the device; what they were read from is let go."""
+    ends, device = read_ends(checkpoint), placement.device
+    embedding = DenseLinear(ends.embedding.to(device, dense_dtype or ends.embedding.dtype))
+    head = None if ends.head is None else Projection([placement.place(ends.head)], None, dense_dtype)
+    return embedding, ends.final_norm.to(device, dtype), head
 
 
 def _read_layer(
