@@ -91,6 +91,8 @@ def _serve(config: EngineConfig, channel: SocketChannel) -> None:
 
 
 def _load(config: EngineConfig, types: Types, progress: Progress) -> Decoder:
+    if config.load_format == "dummy":
+        log.warning("the weights are random (load format dummy): answers have speed, but no meaning")
     return load_model(
         config.model,
         device=types.device,

@@ -26,7 +26,7 @@ from lorry.server.frontend.handle import Handle
 from lorry.server.frontend.interface import Load, State
 from lorry.server.frontend.latest import Latest
 from lorry.server.frontend.output import SequenceOutput
-from lorry.server.frontend.prepare import check_token_ids, generate_command
+from lorry.server.frontend.prepare import check_no_text, check_token_ids, generate_command
 from lorry.server.frontend.request import (
     ChatPrompt,
     Prompt,
@@ -153,6 +153,8 @@ class EngineFrontend:
             self._tokenizer = await asyncio.to_thread(self._load_tokenizer, self._config, self._ready)
         except Exception as error:
             raise EngineFailed(f"the model's tokenizer cannot be read: {error}") from error
+        if not self._tokenizer.knows_text:
+            logger.warning("the model has no tokenizer: only token ids are taken and given")
         self._serve_if_ready()
 
     async def stop(self, at_once: bool = False) -> None:
@@ -247,8 +249,8 @@ class EngineFrontend:
         command = generate_command(request, entry.wire_id, token_ids, self.model_info)
         if score_from is not None:
             command = msgspec.structs.replace(command, prompt_logprobs_from=score_from)
-        if request.stopping.stop and not tokenizer.knows_text:
-            raise InvalidField("the model has no tokenizer: stop at stop_token_ids", field="stopping.stop")
+        if not tokenizer.knows_text:
+            check_no_text(request)
         stop = StopStrings(request.stopping.stop) if request.stopping.stop else None
         outputs = [
             SequenceOutput(

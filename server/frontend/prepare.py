@@ -16,6 +16,16 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, field: str) -> No
             raise InvalidField(f"token id {token_id} is not in [0, {vocab_size})", field=field)
 
 
+def check_no_text(request: Request) -> None:
+    """Raises InvalidField for what a request of token ids may ask of a tokenizer that is not there."""
+    for field, asked in (
+        ("stopping.stop", bool(request.stopping.stop)),
+        ("response.include_prompt", request.response.include_prompt),
+    ):
+        if asked:
+            raise InvalidField("the model has no tokenizer: only token ids are taken and given", field=field)
+
+
 def new_tokens(prompt_tokens: int, wanted: int | None, context_length: int) -> int:
     """How many tokens may be generated: `wanted`, or what the context still holds.
 

@@ -106,11 +106,9 @@ class NoTokenizer(Tokenizer):
     def knows_text(self) -> bool:
         return False
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        raise InvalidField("the model has no tokenizer: send token ids", field="prompt")
-
-    def render(self, prompt: ChatPrompt) -> str:
-        raise InvalidField("the model has no tokenizer: send token ids", field="prompt")
+    def encode_prompt(self, prompt: TextPrompt | ChatPrompt, add_special_tokens: bool = True) -> list[int]:
+        field = "text" if isinstance(prompt, TextPrompt) else "chat"
+        raise InvalidField("the model has no tokenizer: send token ids", field=field)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         raise InvalidField("the model has no tokenizer, so token ids have no text", field="token_ids")

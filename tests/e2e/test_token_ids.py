@@ -39,7 +39,10 @@ def test_token_ids_go_in_and_come_out(tmp_path: Path, live_server: Any) -> None:
         answer = generate(token_ids=ids)
         assert len(answer.completions[0].token_ids) == 7 and answer.completions[0].text == ""
         refused = {
-            "prompt": lambda: generate(text="Hello"),
+            "text": lambda: generate(text="Hello"),
+            "response.include_prompt": lambda: generate(
+                token_ids=ids, response=generation_pb2.ResponseOptions(include_prompt=True)
+            ),
             "stopping.stop": lambda: generate(token_ids=ids, stopping=generation_pb2.StoppingCriteria(stop=["."])),
             "token_ids": lambda: generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=[4])),
         }
