@@ -3,7 +3,8 @@
     slot life:   reserve ─▶ fill … fill ─▶ resident ⇄ in use (acquire, release) ─▶ evict
 
 Filling is cut into bounded pieces, so that a load never holds up a step. Everything here runs in the engine thread
-between two steps; that is also why pages may be moved (`slabs.py` says when).
+between two steps; that is also why pages may be moved (`slabs.py` says when). How bytes get to the device, and what
+waits for what there, is the matter of `uploads.py`: tables change in the order of the steps, pages beside them.
 """
 
 from __future__ import annotations
@@ -13,43 +14,43 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lorry.adapters.canonical import CanonicalAdapter, CanonicalLinear
 from lorry.adapters.errors import PoolTooSmall
 from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.slabs import Demand, SlabAllocator
+from lorry.adapters.streams import Event
 from lorry.adapters.tables import Placed, SlotTables
+from lorry.adapters.uploads import Uploads, uploads_to
 from lorry.kernels.lora import AdapterPages
-
-_SERIAL = 1 << 15  # elements that torch copies in one thread
 
 
 @dataclass(eq=False, slots=True)
 class _Slot:
-    """Books of one slot. offsets: pages of each linear; to_fill: pages still to be copied; used: tick of last use."""
+    """Books of one slot. offsets: pages of each linear; to_fill: pages still to be copied; used: tick of last use.
 
-    adapter: CanonicalAdapter  # its pages are dropped when they have been copied
+    page_bound: most pages of a linear. copied: an event behind all copies so far. resident: it has passed when all were
+    copied, and the tables are written.
+    """
+
+    adapter: CanonicalAdapter  # its pages are dropped when they are there, if they can be read back
     offsets: dict[Linear, list[int]]
     scaling: dict[Linear, float]
     demand: Demand
     to_fill: list[tuple[Linear, int]]
+    page_bound: int
     used: int
+    copied: Event | None = None
+    resident: bool = False
     users: int = 0
     pinned: bool = False
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    """target ← source, flat, in this thread alone: waking the others for a page costs more than to copy it.
-
-    10 MB of adapters on two busy cores: 390 ms of processor time with all threads, 35 ms in pieces.
-    """
-    for start in range(0, target.numel(), _SERIAL):
-        target[start : start + _SERIAL].copy_(source[start : start + _SERIAL])
-
-
 class PagePool:
-    """Fixed memory for adapters. capacity_bytes: of the arena; the tables (see `tables.py`) come on top."""
+    """Fixed memory for adapters. capacity_bytes: of the arena; the tables (see `tables.py`) come on top.
+
+    uploads: the way to the device, by default the one that suits it.
+    """
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class PagePool:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         max_slots: int = 512,
+        uploads: Uploads | None = None,
     ) -> None:
         self.layout = layout
         self.dtype = dtype
@@ -66,7 +68,8 @@ class PagePool:
         self._kind = {site: self._classes.index(layout.page_elements(site)) for site in layout.sites}
         self._slabs = SlabAllocator(self._classes, capacity_bytes // dtype.itemsize)
         arena = torch.empty(self._slabs.slabs * self._slabs.slab_elements, dtype=dtype, device=device)
-        self._tables = SlotTables(arena, max_slots, layout.layers)
+        self.uploads = uploads or uploads_to(arena.device, max(self._classes, default=0) * dtype.itemsize)
+        self._tables = SlotTables(arena, max_slots, layout.layers, self.uploads)
         self._mean_page = sum(map(layout.page_elements, layout.sites)) / len(layout.sites) * dtype.itemsize
         self._slots: dict[int, _Slot] = {}
         self._free_slots = list(reversed(range(max_slots)))
@@ -115,7 +118,7 @@ class PagePool:
 
     def page_bound(self, slots: Iterable[int]) -> int:
         """At least as many pages as resident slots have together in any one linear."""
-        return sum(max(map(len, self._slots[slot].offsets.values()), default=0) for slot in slots)
+        return sum(self._slots[slot].page_bound for slot in slots)
 
     # ---------------------------------------------------------------- room
 
@@ -161,12 +164,12 @@ class PagePool:
 
     @staticmethod
     def _idle(books: _Slot) -> bool:
-        return books.users == 0 and not books.pinned and not books.to_fill
+        return books.users == 0 and not books.pinned and books.resident
 
     # ---------------------------------------------------------------- slots come and go
 
     def insert(self, adapter: CanonicalAdapter) -> int | None:
-        """Make room, reserve and fill; the slot, or None, and nothing changed, when what stays leaves no room.
+        """Make room, reserve, fill and wait; the slot, or None, and nothing changed, when what stays leaves no room.
 
         Raises PoolTooSmall for an adapter that an empty pool could not hold.
         """
@@ -180,6 +183,9 @@ class PagePool:
             self.evict(victim)
         slot = self.reserve(adapter)
         self.fill(slot, adapter.nbytes)
+        while not self.is_resident(slot):
+            self.uploads.wait()
+            self.fill(slot, adapter.nbytes)
         return slot
 
     def reserve(self, adapter: CanonicalAdapter) -> int:
@@ -196,23 +202,38 @@ class PagePool:
         for linear, index in pages:
             self._holders[offsets[linear][index]] = slot, linear, index
         scaling = {key: linear.scaling for key, linear in adapter.linears.items()}
-        self._slots[slot] = _Slot(adapter, offsets, scaling, demand, pages[::-1], next(self._ticks))
+        page_bound = max(map(len, offsets.values()), default=0)
+        self._slots[slot] = _Slot(adapter, offsets, scaling, demand, pages[::-1], page_bound, next(self._ticks))
+        self.uploads.take_over()
         return slot
 
     def fill(self, slot: int, budget: int) -> int:
-        """Copy pages until they come to `budget` bytes or all are there, at least one page; the bytes copied."""
+        """Copy pages until they come to `budget` bytes or all are on their way, at least one page; the bytes copied.
+
+        That is less, down to nothing, while there is no room on the way. To be called until the slot is resident,
+        which it becomes here.
+        """
         books = self._slots[slot]
         copied = 0
         while books.to_fill and (copied == 0 or copied < budget):
-            linear, index = books.to_fill.pop()
+            linear, index = books.to_fill[-1]
             page = books.adapter.linears[linear].pages[index]
             offset = books.offsets[linear][index]
-            _copy(self.pages.arena[offset : offset + page.numel()], page)
+            if not self.uploads.page(self.pages.arena[offset : offset + page.numel()], page):
+                break
+            books.to_fill.pop()
             copied += page.nbytes
-        if copied and not books.to_fill:
-            books.adapter = books.adapter.without_pages()
-            self._tables.write(slot, self._placed(books))
+        if copied:
+            books.copied = self.uploads.mark()
+        if not books.resident and not books.to_fill and books.copied is not None and books.copied.query():
+            books.resident = self._tables.write(slot, self._placed(books))
+            if books.resident and self.uploads.reads_back:
+                books.adapter = books.adapter.without_pages()
         return copied
+
+    def lacks_copies(self, slot: int) -> bool:
+        """Whether pages of a slot are still to be copied; those that are on their way are not."""
+        return bool(self._slots[slot].to_fill)
 
     def evict(self, slot: int) -> None:
         """Free a slot that is neither in use nor pinned; one that is being filled may go too."""
@@ -227,21 +248,26 @@ class PagePool:
         self._free_slots.append(slot)
 
     def extract(self, slot: int) -> CanonicalAdapter:
-        """A resident adapter, copied back to host memory as it was inserted."""
+        """A resident adapter in host memory, as it was inserted; a copy where the pool has dropped its pages.
+
+        On a GPU it has not: reading them back would wait for the device. What is there takes as many bytes here.
+        """
         books = self._slots[slot]
-        assert not books.to_fill
+        assert books.resident
+        if not self.uploads.reads_back:
+            return books.adapter
         pages = {}
         for linear, places in books.offsets.items():
             size = self.layout.page_elements(linear[1])
-            pages[linear] = torch.stack([self.pages.arena[offset : offset + size] for offset in places]).cpu()
+            pages[linear] = torch.stack([self.pages.arena[offset : offset + size] for offset in places])
         linears = {linear: CanonicalLinear(pages[linear], books.scaling[linear]) for linear in pages}
         return books.adapter.with_linears(linears)
 
     # ---------------------------------------------------------------- use
 
     def is_resident(self, slot: int) -> bool:
-        """Whether all pages of a slot are there and its tables are written."""
-        return not self._slots[slot].to_fill
+        """Whether `fill` has seen that all pages of a slot are there, so that the next step may read them."""
+        return self._slots[slot].resident
 
     def users(self, slot: int) -> int:
         return self._slots[slot].users
@@ -263,11 +289,11 @@ class PagePool:
 
     def _move(self, source: int, target: int, size: int) -> None:
         arena = self.pages.arena
-        _copy(arena[target : target + size], arena[source : source + size])
+        self.uploads.move(arena[target : target + size], arena[source : source + size])
         slot, linear, index = self._holders[target] = self._holders.pop(source)
         books = self._slots[slot]
         books.offsets[linear][index] = target
-        if not books.to_fill:
+        if books.resident:
             self._tables.move(slot, linear, index, target)
 
     @staticmethod
@@ -286,5 +312,6 @@ class PagePool:
         self._slabs.check([(offset, self._kind[linear[1]]) for offset, (_, linear, _) in live.items()])
         assert sorted([*self._slots, *self._free_slots]) == list(range(self.max_slots))
         assert all(books.users >= 0 for books in self._slots.values())
-        self._tables.check({n: self._placed(books) for n, books in self._slots.items() if not books.to_fill})
+        assert not any(books.resident and books.to_fill for books in self._slots.values())
+        self._tables.check({n: self._placed(books) for n, books in self._slots.items() if books.resident})
         assert self.bytes_used <= self.capacity_bytes

@@ -16,7 +16,6 @@ from lorry.adapters.lease import Lease, Version
 from lorry.adapters.pool import PagePool
 from lorry.adapters.slabs import Demand
 
-COPY_BUDGET = 2 << 20  # bytes copied into the arena in one poll
 PATIENCE = 64
 
 
@@ -90,10 +89,10 @@ class Residency:
     # ---------------------------------------------------------------- once a step
 
     def step(self, fail: Callable[[Lease, AdapterError], None]) -> None:
-        """Copy, at most COPY_BUDGET bytes, and make room. `fail` ends leases that can never be resident."""
+        """Copy, within the uploads' budget, and make room. `fail` ends leases that can never be resident."""
         self._polls += 1
         self._grants = {lease: end for lease, end in self._grants.items() if end > self._polls}
-        budget = self._fill(COPY_BUDGET)
+        budget = self._fill(self.pool.uploads.budget)
         while budget > 0:
             head = self._next_head()
             if head is not self._head:
@@ -117,8 +116,9 @@ class Residency:
 
     def _fill(self, budget: int) -> int:
         """Go on with the copies, oldest first; what is left of the budget."""
-        while self._filling and budget > 0:
-            version = next(iter(self._filling))
+        for version in list(self._filling):
+            if budget <= 0:
+                break
             assert version.slot is not None
             budget -= self.pool.fill(version.slot, budget)
             if self.pool.is_resident(version.slot):
@@ -126,6 +126,8 @@ class Residency:
                 version.host = None
                 self.pool.set_pinned(version.slot, version.entry.pinned and not version.retired)
                 self._changed(version)
+            elif self.pool.lacks_copies(version.slot):
+                return 0  # nor is there room on the way for those of others
         return budget
 
     def _next_head(self) -> Lease | None:

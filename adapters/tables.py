@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorry.adapters.canonical import page_count
 from lorry.adapters.layout import MAX_RANK, Linear
+from lorry.adapters.uploads import Uploads
 from lorry.kernels.lora import SITES, AdapterPages
 
 Placed = Mapping[Linear, tuple[Sequence[int], float]]
@@ -19,9 +20,10 @@ Placed = Mapping[Linear, tuple[Sequence[int], float]]
 
 
 class SlotTables:
-    """Device tensors `pages`; a slot without an adapter holds -1 and 0."""
+    """Device tensors `pages`; a slot without an adapter holds -1 and 0. They change between two steps."""
 
-    def __init__(self, arena: Tensor, max_slots: int, layers: int) -> None:
+    def __init__(self, arena: Tensor, max_slots: int, layers: int, uploads: Uploads) -> None:
+        self._uploads = uploads
         shape = (max_slots, layers, len(SITES))
         device = arena.device
         self.pages = AdapterPages(
@@ -30,18 +32,19 @@ class SlotTables:
             scaling=torch.zeros(shape, dtype=torch.float32, device=device),
         )
 
-    def write(self, slot: int, placed: Placed) -> None:
+    def write(self, slot: int, placed: Placed) -> bool:
+        """False: there is no room on the way to the device, try again."""
         offsets, scaling = self._rows(placed)
-        self.pages.offsets[slot] = offsets.to(self.pages.offsets.device)
-        self.pages.scaling[slot] = scaling.to(self.pages.scaling.device)
+        pages = self.pages
+        return self._uploads.write(pages.offsets[slot], offsets) and self._uploads.write(pages.scaling[slot], scaling)
 
     def move(self, slot: int, linear: Linear, index: int, offset: int) -> None:
         """Page `index` of one linear now lies at `offset`."""
-        self.pages.offsets[slot, linear[0], SITES.index(linear[1]), index] = offset
+        self._uploads.fill(self.pages.offsets[slot, linear[0], SITES.index(linear[1]), index], offset)
 
     def clear(self, slot: int) -> None:
-        self.pages.offsets[slot] = -1
-        self.pages.scaling[slot] = 0
+        self._uploads.fill(self.pages.offsets[slot], -1)
+        self._uploads.fill(self.pages.scaling[slot], 0)
 
     def check(self, books: Mapping[int, Placed]) -> None:
         """Prove that each slot's rows say what `books` say; slots that are not in it must be clear."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from lorry.adapters.lease import Lease
 from lorry.adapters.manager import AdapterManager
 from lorry.adapters.pool import PagePool
 from lorry.adapters.records import AdapterChanged, AdapterReply
+
+sys.path.insert(0, str(Path(__file__).parent))  # random_adapters.py and fake_device.py serve several tests here
 
 PATIENCE = 60.0  # seconds; only a hang takes that long
 

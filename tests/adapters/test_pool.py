@@ -9,49 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from random_adapters import LARGEST, LAYOUT, RANKS, adapter, assert_holds
 
-from lorry.adapters.canonical import CanonicalAdapter, CanonicalLinear, page_count
+from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.errors import PoolTooSmall
-from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.layout import Linear
 from lorry.adapters.pool import PagePool
 from lorry.adapters.slabs import SlabAllocator, slab_elements
-from lorry.kernels.lora import SITES
-
-LAYOUT = ModelLayout(
-    layers=2, sites={"q_proj": (37, 43), "k_proj": (37, 13), "o_proj": (43, 37), "down_proj": (59, 37)}
-)
-LARGEST = 16 * 96 * 2  # bytes of the largest page
-
-
-def adapter(seed: int, ranks: dict[Linear, int], dtype: torch.dtype = torch.bfloat16) -> CanonicalAdapter:
-    generator = torch.Generator().manual_seed(seed)
-    linears = {}
-    for linear, rank in ranks.items():
-        shape = page_count(rank), LAYOUT.page_elements(linear[1])
-        linears[linear] = CanonicalLinear(torch.randn(shape, generator=generator).to(dtype), seed + 0.5)
-    sites = tuple(site for site in SITES if any(site == key[1] for key in ranks))
-    return CanonicalAdapter(linears, max(ranks.values()), sites, ("lora",), f"{seed:064x}")
-
-
-def assert_holds(pool: PagePool, slot: int, expected: CanonicalAdapter) -> None:
-    """The kernels' tables of `slot` lead to the pages of `expected`."""
-    offsets, scaling = pool.pages.offsets[slot], pool.pages.scaling[slot]
-    for layer in range(LAYOUT.layers):
-        for column, site in enumerate(SITES):
-            linear = expected.linears.get((layer, site))
-            places = [offset for offset in offsets[layer, column].tolist() if offset >= 0]
-            assert offsets[layer, column, : len(places)].tolist() == places, "used pages come first"
-            assert len(places) == (0 if linear is None else linear.pages.shape[0])
-            assert float(scaling[layer, column]) == (0 if linear is None else linear.scaling)
-            for index, offset in enumerate(places):
-                assert linear is not None
-                page = linear.pages[index]
-                assert torch.equal(pool.pages.arena[offset : offset + page.numel()], page)
-
-
-RANKS = st.dictionaries(
-    st.sampled_from(list(LAYOUT.linears())), st.sampled_from([1, 15, 16, 17, 40, 64]), min_size=1, max_size=8
-)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -169,7 +133,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         self.pool.check()
         for slot, expected in self.resident.items():
-            assert_holds(self.pool, slot, expected)
+            assert_holds(self.pool.pages, slot, expected)
         used = sum(item.nbytes for item in [*self.resident.values(), *self.filling.values()])
         assert self.pool.bytes_used == used <= self.pool.capacity_bytes
         assert 0 <= self.pool.pages_used <= self.pool.pages_total
@@ -226,9 +190,9 @@ def test_compaction_moves_pages_that_are_in_use() -> None:
     assert slot is not None
     pool.check()
     assert not torch.equal(before, pool.pages.offsets[list(expected)]), "the test is too easy"
-    assert_holds(pool, slot, big)
+    assert_holds(pool.pages, slot, big)
     for held, content in expected.items():
-        assert_holds(pool, held, content)
+        assert_holds(pool.pages, held, content)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

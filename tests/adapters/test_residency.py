@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from lorry.adapters import residency
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import PoolTooSmall
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.lease import Lease
 from lorry.adapters.loader import load_adapter
 from lorry.adapters.records import AdapterState
+from lorry.adapters.uploads import AtOnce
 from lorry.kernels.lora import SITES
 
 
@@ -35,9 +35,8 @@ def test_the_least_recently_used_goes(drive: Any, write_adapter: Any, tmp_path: 
 
 
 def test_copies_are_bounded(drive: Any, write_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency, "COPY_BUDGET", 20_000)
     write_adapter(tmp_path / "a", sites=SITES, rank=33)
-    driver = drive()
+    driver = drive(uploads=AtOnce(20_000))
     fill, copied = driver.pool.fill, []
     monkeypatch.setattr(driver.pool, "fill", lambda slot, budget: copied.append(fill(slot, budget)) or copied[-1])
     lease = driver.start("a")

@@ -1,0 +1,258 @@
+"""Pages on their way to a device that lags behind: no step reads what is not there, or no longer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fake_device import FakeDevice, FakeEvent, Operation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from random_adapters import LARGEST, LAYOUT, RANKS, adapter, assert_holds, assert_page, assert_tables
+
+from lorry.adapters.canonical import CanonicalAdapter
+from lorry.adapters.layout import Linear
+from lorry.adapters.pool import PagePool
+from lorry.adapters.ring import ALIGNMENT, Ring
+from lorry.adapters.uploads import Beside
+
+
+class House:
+    """A pool on a fake device. resident, filling: what was put into each slot; `resident` may be read by steps."""
+
+    def __init__(self, capacity: int = 24 * LARGEST, max_slots: int = 6, staging: int = 4 * LARGEST) -> None:
+        self.device = FakeDevice()
+        uploads = Beside(self.device.steps, self.device.copies, torch.zeros(staging, dtype=torch.uint8))
+        self.pool = PagePool(LAYOUT, capacity, max_slots=max_slots, uploads=uploads)
+        self.pool.pages.arena.fill_(torch.nan)
+        self.resident: dict[int, CanonicalAdapter] = {}
+        self.filling: dict[int, CanonicalAdapter] = {}
+        self.seed = 0
+
+    def reserve(self, ranks: dict[Linear, int]) -> int | None:
+        """A slot for a new adapter, idle ones evicted as it needs; None: no room."""
+        self.seed += 1
+        new = adapter(self.seed, ranks)
+        victims = self.pool.make_room(self.pool.demand([new]))
+        if victims is None:
+            return None
+        for victim in victims:
+            self.evict(victim)
+        slot = self.pool.reserve(new)
+        self.filling[slot] = new
+        return slot
+
+    def fill(self, slot: int, budget: int = 1 << 20) -> int:
+        copied = self.pool.fill(slot, budget)
+        if self.pool.is_resident(slot):
+            self.resident[slot] = self.filling.pop(slot)
+            self.step([slot])
+        return copied
+
+    def evict(self, slot: int) -> None:
+        self.pool.evict(slot)
+        self.resident.pop(slot, None)
+        self.filling.pop(slot, None)
+
+    def step(self, slots: list[int]) -> None:
+        """Enqueue a step that reads the tables and pages of resident slots, one by one."""
+        self.device.steps.enqueue(self._step({slot: self.resident[slot] for slot in slots}))
+
+    def _step(self, expected: dict[int, CanonicalAdapter]) -> Operation:
+        pages = self.pool.pages
+        for slot, content in expected.items():
+            found = assert_tables(pages.offsets[slot], pages.scaling[slot], content)
+            yield True
+            for offset, page in found:
+                assert_page(pages.arena, offset, page)
+                yield True
+
+    def settle(self) -> None:
+        """Everything gets to where it should be."""
+        for slot in list(self.filling):
+            for _ in range(32 + 2):  # pages at most, one a call at least, and two tables
+                if slot in self.filling:
+                    self.fill(slot)
+                    self.device.drain()
+            assert slot in self.resident, "what is filled becomes resident"
+        self.step(list(self.resident))
+        self.device.drain()
+        self.pool.check()
+        for slot, expected in self.resident.items():
+            assert_holds(self.pool.pages, slot, expected)
+
+
+class UploadsMachine(RuleBasedStateMachine):
+    """Random life of a pool on a device that runs, at random, a little on one stream or the other."""
+
+    @initialize(capacity=st.integers(0, 40), max_slots=st.integers(1, 6), staging=st.integers(1, 12))
+    def start(self, capacity: int, max_slots: int, staging: int) -> None:
+        self.house = House(capacity * LARGEST, max_slots, staging * LARGEST)
+
+    @rule(ranks=RANKS, budget=st.integers(0, 8 * LARGEST))
+    def reserve(self, ranks: dict[Linear, int], budget: int) -> None:
+        slot = self.house.reserve(ranks)
+        if slot is not None:
+            self.house.fill(slot, budget)
+
+    @precondition(lambda self: self.house.filling)
+    @rule(data=st.data(), budget=st.integers(0, 40 * LARGEST))
+    def fill(self, data: Any, budget: int) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.house.filling)))
+        assert self.house.fill(slot, budget) < max(budget, 1) + LARGEST
+
+    @precondition(lambda self: self.house.resident)
+    @rule(data=st.data())
+    def step(self, data: Any) -> None:
+        self.house.step(data.draw(st.lists(st.sampled_from(sorted(self.house.resident)), min_size=1, unique=True)))
+
+    @precondition(lambda self: self.house.filling or self.house.resident)
+    @rule(data=st.data())
+    def evict(self, data: Any) -> None:
+        self.house.evict(data.draw(st.sampled_from(sorted([*self.house.filling, *self.house.resident]))))
+
+    @precondition(lambda self: self.house.resident)
+    @rule(data=st.data())
+    def extract(self, data: Any) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.house.resident)))
+        saved, original = self.house.pool.extract(slot), self.house.resident[slot]
+        assert saved.linears.keys() == original.linears.keys() and saved.revision == original.revision
+        assert all(torch.equal(saved.linears[key].pages, original.linears[key].pages) for key in original.linears)
+
+    @rule(parts=st.integers(1, 200))
+    def run_steps(self, parts: int) -> None:
+        for _ in range(parts):
+            self.house.device.steps.advance()
+
+    @rule(parts=st.integers(1, 60))
+    def run_copies(self, parts: int) -> None:
+        for _ in range(parts):
+            self.house.device.copies.advance()
+
+    @rule()
+    def settle(self) -> None:
+        self.house.settle()
+
+    def teardown(self) -> None:
+        if hasattr(self, "house"):
+            self.house.settle()
+
+
+TestUploads = UploadsMachine.TestCase
+TestUploads.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+
+EVERYWHERE = dict.fromkeys(LAYOUT.linears(), 16)
+
+
+def test_a_slot_is_resident_when_its_last_copy_has_run() -> None:
+    house = House(staging=64 * LARGEST)
+    slot = house.reserve(EVERYWHERE)
+    assert slot is not None
+    house.device.end_steps()
+    parts = 0
+    while house.fill(slot) or slot in house.filling:
+        assert not house.device.copies.idle and house.device.copies.advance()
+        parts += 1
+    assert parts > 3 * len(EVERYWHERE) and not house.device.copies.advance(), "the event is the last that runs"
+    assert bool((house.pool.pages.offsets == -1).all()), "the tables are behind the steps"
+    house.settle()
+
+
+def test_pages_are_not_overwritten_before_the_steps_that_read_them() -> None:
+    house = House(8 * LARGEST, max_slots=1, staging=64 * LARGEST)
+    old = house.reserve(EVERYWHERE)
+    assert old is not None
+    house.settle()
+    house.step([old])
+    house.step([old])
+    new = house.reserve(EVERYWHERE)
+    assert new is not None
+    house.fill(new)
+    arena = house.pool.pages.arena.view(torch.int16)
+    before = arena.clone()
+    assert not house.device.copies.advance() and not house.device.copies.idle
+    for _ in range(15):
+        assert house.device.steps.advance()
+        assert not house.device.copies.advance(), "there are steps that read the old pages"
+    assert torch.equal(before, arena)
+    house.settle()
+    assert not torch.equal(before, arena)
+
+
+@pytest.mark.parametrize("under_way", [0, 2, 20], ids=lambda parts: f"{parts} parts copied")
+def test_pages_move_behind_their_copies_and_before_what_takes_their_place(under_way: int) -> None:
+    house = House(12 * 8 * LARGEST, max_slots=99, staging=64 * LARGEST)
+    small = []
+    while house.pool.make_room(house.pool.demand([adapter(0, {(0, "k_proj"): 16})])) == []:
+        small.append(house.reserve({(0, "k_proj"): 16}))
+        if len(small) == 99:
+            break
+    assert None not in small
+    for slot in small[:-2]:
+        if slot % 4:
+            house.evict(slot)
+    house.settle()
+    begun = house.reserve({(1, "k_proj"): 64})
+    assert begun is not None
+    house.fill(begun, 2 * LARGEST)
+    for _ in range(under_way):
+        house.device.copies.advance()
+    offsets = house.pool.pages.offsets.clone()
+    house.step(list(house.resident))
+    while (big := house.reserve({(0, "down_proj"): 64, (1, "down_proj"): 64})) is not None:
+        house.fill(big)
+        house.step(list(house.resident))
+    house.settle()
+    assert not torch.equal(offsets[list(house.resident)[:-4]], house.pool.pages.offsets[list(house.resident)[:-4]])
+
+
+def test_insert_waits_for_the_device() -> None:
+    house = House(staging=LARGEST)
+    slot = house.pool.insert(adapter(1, EVERYWHERE))
+    assert slot is not None and house.pool.is_resident(slot)
+    house.device.end_steps()
+    assert_holds(house.pool.pages, slot, adapter(1, EVERYWHERE))
+
+
+def test_page_bound() -> None:
+    house = House(40 * LARGEST)
+    narrow, wide = house.reserve({(0, "q_proj"): 16, (1, "o_proj"): 33}), house.reserve({(0, "k_proj"): 64})
+    assert narrow is not None and wide is not None
+    assert [house.pool.page_bound(slots) for slots in ([], [narrow], [wide], [narrow, wide])] == [0, 3, 4, 7]
+
+
+# ---------------------------------------------------------------- the ring
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 9),
+    st.lists(st.one_of(st.integers(1, 9 * ALIGNMENT), st.sampled_from(["close", "pass"])), max_size=80),
+)
+def test_a_piece_is_free_when_its_event_has_passed(blocks: int, moves: list[int | str]) -> None:
+    memory = torch.zeros(blocks * ALIGNMENT, dtype=torch.uint8)
+    ring, device = Ring(memory), FakeDevice()
+    held: list[tuple[FakeEvent | None, torch.Tensor, int]] = []
+    number = 0
+    for move in moves:
+        if move == "close" and any(owner is None for owner, _, _ in held):
+            event = FakeEvent(device)
+            ring.close(event)
+            held = [(owner or event, piece, value) for owner, piece, value in held]
+        elif move == "pass":
+            waiting = [owner for owner, _, _ in held if owner is not None]
+            if waiting:
+                waiting[0].passed = True
+                held = [entry for entry in held if entry[0] is not waiting[0]]
+        elif isinstance(move, int) and move <= len(memory):
+            piece = ring.take(move)
+            assert piece is not None or held, "an empty ring takes the largest piece"
+            if piece is not None:
+                assert piece.shape == (move,)
+                number = number % 250 + 1
+                piece.fill_(number)
+                held.append((None, piece, number))
+        for _, piece, value in held:
+            assert bool((piece == value).all()), "a piece was given to two"
