@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lorry.kernels.kv_store import empty_caches
+from lorry.kernels.transfer import to_device
 from lorry.server.cache.block_table import Copy
 from lorry.server.cache.blocks import BLOCK_SIZE, blocks_for
 
@@ -60,8 +62,6 @@ class KVCache:
         """cache[destination] = cache[source] for all pairs at once: every source is read before anything is written."""
         if not copies:
             return
-        device = self.keys[0].device
-        sources = torch.tensor([source for source, _ in copies], device=device)
-        targets = torch.tensor([target for _, target in copies], device=device)
+        sources, targets = to_device([np.array(copies).T.copy()], self.keys[0].device)[0]
         for tensor in (*self.keys, *self.values):
             tensor.index_copy_(0, targets, tensor.index_select(0, sources))

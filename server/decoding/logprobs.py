@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lorry.kernels import dispatch
+from lorry.kernels.transfer import to_device
 from lorry.server.decoding.rowwise import nth_equal, top_values
-from lorry.server.decoding.transfer import to_device
 from lorry.server.params import TokenLogprob, TokenLogprobs
 
 CHUNK = 16  # rows in work at once: bounds the memory of a long prompt, 16 × 128k × 4 bytes = 8 MB

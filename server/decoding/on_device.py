@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from lorry.kernels.sampling import TINY, Draws, SamplingRows, TokenValues, penalize, sample
+from lorry.kernels.transfer import Readback, to_device
 from lorry.server.decoding.interface import Continuation, Row
 from lorry.server.decoding.lists import TokenLists
 from lorry.server.decoding.logprobs import figures, reports
-from lorry.server.decoding.transfer import Readback, to_device
 
 WHOLE = 2**31 - 1  # no top-k passes it
 

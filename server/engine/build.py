@@ -34,7 +34,6 @@ from lorry.server.engine.rehearsal import Rehearsal
 from lorry.server.engine.runner import SCORED_ROWS, Runner
 from lorry.server.engine.scheduler import Limits, Scheduler
 from lorry.server.engine.sequence import Request, Sequence
-from lorry.server.engine.staging import Staging
 from lorry.server.errors import InvalidField
 from lorry.server.model.decoder import Decoder
 
@@ -140,8 +139,7 @@ def build_engine(
         limits = replace(limits, context_length=context_length)
     allocator = BlockAllocator(num_blocks)
     scheduler = Scheduler(limits, allocator, PrefixIndex(allocator), desk)
-    staging = Staging(types.device) if types.ahead else None
-    runner = Runner(decoder, kv, pool.pages, staging, config.max_running)
+    runner = Runner(decoder, kv, pool.pages, types.ahead, config.max_running)
     if start is not None:
         start.record(runner, limits)
     line = memory_line(

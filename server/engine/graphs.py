@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorry.kernels.lora import Segments
 from lorry.server.engine.output import Output
-from lorry.server.engine.staging import Staging, packed_bytes, tensors_of
+from lorry.server.engine.staging import packed_bytes, upload
 from lorry.server.model.inputs import ModelInputs
 
 MOST_ADAPTERS = 8  # of a combo in a graph
@@ -155,22 +155,22 @@ class Recorder:
 class DecodeGraphs:
     """The recorded steps of all `buckets`. The tensors of an Output are those of the next one too."""
 
-    def __init__(self, compute: Compute, staging: Staging, buckets: Iterable[Bucket], output: Output) -> None:
+    def __init__(self, compute: Compute, buckets: Iterable[Bucket], output: Output) -> None:
         """output: of the largest batch; graphs write there."""
         self._compute = compute
-        self._staging = staging
+        self._device = output.logits.device
         self._output = output
         self.buckets = sorted(buckets)
         self._rows = sorted({bucket.rows for bucket in self.buckets})
         self._blocks = sorted({bucket.blocks for bucket in self.buckets})
-        sizes = (packed_bytes(tensors_of(padded(idle_step(), bucket))) for bucket in self.buckets)
-        self._inputs = torch.zeros(max(sizes, default=0), dtype=torch.uint8, device=staging.device)
+        size = max(packed_bytes(padded(idle_step(), bucket)) for bucket in self.buckets)
+        self._inputs = torch.zeros(size, dtype=torch.uint8, device=self._device)
         self._replays: dict[Bucket, Callable[[], object]] = {}
 
     def record(self, recorder: Recorder) -> Iterator[Bucket]:
         """Record bucket by bucket, the largest first; yields each when it is done."""
         for bucket in reversed(self.buckets):
-            inputs = self._staging.upload(padded(idle_step(), bucket), self._inputs)
+            inputs = upload(padded(idle_step(), bucket), self._device, self._inputs)
 
             output = self._output.first(bucket.rows)
             self._replays[bucket] = recorder.record(partial(self._compute, inputs, output))
@@ -187,6 +187,6 @@ class DecodeGraphs:
 
     def replay(self, inputs: ModelInputs, bucket: Bucket) -> Output:
         """Run a step, on the CPU so far, as `bucket`."""
-        self._staging.upload(padded(inputs, bucket), self._inputs)
+        upload(padded(inputs, bucket), self._device, self._inputs)
         self._replays[bucket]()
         return self._output.first(inputs.kv_lens.shape[0])

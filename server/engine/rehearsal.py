@@ -22,11 +22,11 @@ from lorry.server.params import SamplingParams, StoppingParams
 
 Progress = Callable[[str, int, int], None]
 
-SAMPLING = (
+SAMPLING = (  # the first launches whatever any of them does
+    SamplingParams(repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, logit_bias={0: 1.0}),
     SamplingParams(temperature=0.0),
     SamplingParams(),
     SamplingParams(top_k=50, top_p=0.9, min_p=0.01),
-    SamplingParams(repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, logit_bias={0: 1.0}),
 )
 LOGPROBS = 20  # most that a request may ask for, see rpc
 

@@ -13,7 +13,7 @@ from lorry.server.cache.kv_cache import KVCache
 from lorry.server.engine.batch import Batch
 from lorry.server.engine.graphs import Bucket, DecodeGraphs, Recorder
 from lorry.server.engine.output import Output
-from lorry.server.engine.staging import Staging
+from lorry.server.engine.staging import upload
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.inputs import ModelInputs
 
@@ -23,8 +23,8 @@ SCORED_ROWS = 64  # rows of prompt logits at a time: 64 · 49152 · 4 bytes = 12
 class Runner:
     """Owns the model's memory; knows nothing of requests.
 
-    staging: the way to a GPU; None: the decoder reads a batch's tensors where they are. max_running: most sequences of
-    a batch.
+    staged: bring a batch's tensors to the device in one copy, instead of reading them where they are. max_running: most
+    sequences of a batch.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Runner:
         decoder: Decoder,
         kv: KVCache,
         pages: AdapterPages | None,
-        staging: Staging | None = None,
+        staged: bool = False,
         max_running: int = 0,
     ) -> None:
         self.decoder = decoder
@@ -40,7 +40,7 @@ class Runner:
         self.pages = pages
         self.device = kv.keys[0].device
         self.graphs: DecodeGraphs | None = None
-        self._staging = staging
+        self._staged = staged
         self._max_running = max_running
         self._chosen = torch.zeros(max_running, dtype=torch.int64, device=self.device)
 
@@ -50,11 +50,11 @@ class Runner:
         On a GPU this only launches; a later call that is served by a graph may overwrite the output.
         """
         self.kv.copy_blocks(batch.copies)
-        if self._staging is None:
+        if not self._staged:
             return self._compute(batch.inputs, len(batch.deciding))
         if self.graphs is not None and (bucket := self.graphs.find(batch.inputs)) is not None:
             return self.graphs.replay(batch.inputs, bucket)
-        return self._compute(self._staging.upload(batch.inputs), len(batch.deciding))
+        return self._compute(upload(batch.inputs, self.device), len(batch.deciding))
 
     def keep(self, tokens: Tensor) -> None:
         """tokens: int64 [D] on the device, which the next batch's `sources` speak of."""
@@ -62,11 +62,10 @@ class Runner:
 
     def record(self, buckets: list[Bucket]) -> Iterator[Bucket]:
         """Record decode steps as CUDA graphs; yields each bucket when it is done."""
-        assert self._staging is not None
         config = self.decoder.config
         rows = max(bucket.rows for bucket in buckets)
         output = Output.empty(rows, config.hidden_size, config.vocab_size, self.decoder.dtype, self.device)
-        self.graphs = DecodeGraphs(self._compute_into, self._staging, buckets, output)
+        self.graphs = DecodeGraphs(self._compute_into, buckets, output)
         yield from self.graphs.record(Recorder(self.device))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what the recorder's stream took to launch each step once

@@ -35,7 +35,7 @@ from lorry.server.decoding.sampling import Sampling
 from lorry.server.engine.graphs import all_buckets, idle_step, padded
 from lorry.server.engine.rehearsal import Rehearsal
 from lorry.server.engine.scheduler import Limits
-from lorry.server.engine.staging import Staging
+from lorry.server.engine.staging import upload
 from lorry.server.engine.warm_up import most_rows
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.inputs import ModelInputs
@@ -89,11 +89,11 @@ def random_step(limits: Limits, draw: random.Random) -> ModelInputs:
 
 def steps_of(limits: Limits, draw: random.Random) -> Iterator[ModelInputs]:
     """Some of serving, then all that are recorded as graphs, as they come to the device."""
-    staging = Staging(torch.device("cpu"))
+    device = torch.device("cpu")
     for _ in range(BATCHES):
-        yield staging.upload(random_step(limits, draw))
+        yield upload(random_step(limits, draw), device)
     for bucket in all_buckets(limits.max_running, blocks_for(limits.context_length)):
-        yield staging.upload(padded(idle_step(), bucket))
+        yield upload(padded(idle_step(), bucket), device)
 
 
 def of_warm_up(decoder: Decoder, tables: AdapterPages, limits: Limits) -> dict[tuple[str, str], Compilation]:

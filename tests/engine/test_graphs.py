@@ -25,7 +25,7 @@ from lorry.server.engine.graphs import (
     row_buckets,
 )
 from lorry.server.engine.local import LocalEngine
-from lorry.server.engine.staging import BUFFERS, Staging, packed_bytes, tensors_of, views
+from lorry.server.engine.staging import packed_bytes, tensors_of, upload
 from lorry.server.model.inputs import ModelInputs
 
 
@@ -124,26 +124,19 @@ def test_a_step_without_sequences_fits_every_bucket() -> None:
 
 
 @pytest.mark.parametrize("combos", [None, [((3, 0.25),), ()]])
-def test_staging_brings_the_same_numbers_through_buffers_in_turn(combos: Any) -> None:
-    staging = Staging(torch.device("cpu"))
-    for rows in (3, 9, 1, 500, 4, 7, 2):
+def test_a_step_arrives_as_it_was_in_memory_of_its_own_or_given(combos: Any) -> None:
+    memory = torch.full((200_000,), 255, dtype=torch.uint8)
+    for rows in (3, 9, 1, 500, 4):
         given = step(rows, 40, combos)
-        arrived = staging.upload(given)
-        assert arrived.max_query_len == 1
-        assert (arrived.segments is None) == (given.segments is None)
-        for name, tensor in tensors_of(given).items():
-            moved = tensors_of(arrived)[name]
-            assert torch.equal(moved, tensor) and moved.dtype is tensor.dtype
-            assert moved.data_ptr() % 16 == 0
-    assert BUFFERS >= 3
-
-
-def test_packed_tensors_do_not_overlap() -> None:
-    tensors = tensors_of(step(7, 5, [((3, 0.25),)]))
-    buffer = torch.zeros(packed_bytes(tensors), dtype=torch.uint8)
-    for view in views(tensors, buffer).values():
-        assert not view.any()
-        view.fill_(1)
+        for into in (None, memory):
+            arrived = upload(given, torch.device("cpu"), into)
+            assert arrived.max_query_len == 1
+            assert (arrived.segments is None) == (given.segments is None)
+            for name, tensor in tensors_of(given).items():
+                moved = tensors_of(arrived)[name]
+                assert torch.equal(moved, tensor) and moved.dtype is tensor.dtype
+                assert moved.data_ptr() % 16 == 0
+        assert memory[packed_bytes(given) :].eq(255).all()
 
 
 @pytest.mark.parametrize("adapters", [None, {"b": 1.0}, {"c": 0.5, "e": -0.25}])

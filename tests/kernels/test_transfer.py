@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lorry.server.decoding.transfer import ALIGNMENT, Readback, to_device
+from lorry.kernels.transfer import ALIGNMENT, Readback, to_device
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
