@@ -100,6 +100,7 @@ def _load(config: EngineConfig, types: Types, progress: Progress) -> Decoder:
         products=types.products,
         context_length=config.context_length,
         load_format=config.load_format,
+        seed=config.seed,
         progress=progress,
     )
 

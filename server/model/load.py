@@ -44,18 +44,19 @@ def load_model(
     products: Products = "float32",
     context_length: int | None = None,
     load_format: LoadFormat = "auto",
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Decoder:
     """Load `source` (see `resolve_model`) for computing in `dtype` on `device`, with NF4 `products` of that kind.
 
-    load_format "dummy": random weights of the shape that the config.json in folder `source` tells.
+    load_format "dummy": random weights, of `seed`, of the shape that the config.json in folder `source` tells.
 
     `context_length` shortens the model's own. `progress(stage, done, total)` has the stages "quantize" and
     "load", counted in layers. A converted model whose files do not match their digests is converted again.
     Raises ModelNotFound, UnsupportedModel, MalformedCheckpoint.
     """
     if load_format == "dummy":
-        checkpoint: Checkpoint = DummyCheckpoint(read_config(dummy_folder(source))[0], device)
+        checkpoint: Checkpoint = DummyCheckpoint(read_config(dummy_folder(source))[0], device, seed)
     else:
         checkpoint = open_checkpoint(_verified(source, progress), device)
     return Decoder.from_checkpoint(
