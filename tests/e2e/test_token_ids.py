@@ -8,6 +8,8 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from lorry.v1 import generation_pb2, generation_pb2_grpc
 
@@ -39,11 +41,12 @@ def test_token_ids_go_in_and_come_out(tmp_path: Path, live_server: Any) -> None:
         answer = generate(token_ids=ids)
         assert len(answer.completions[0].token_ids) == 7 and answer.completions[0].text == ""
         refused = {
-            "text": lambda: generate(text="Hello"),
-            "response.include_prompt": lambda: generate(
+            "spec.text": lambda: generate(text="Hello"),
+            "spec.response.include_prompt": lambda: generate(
                 token_ids=ids, response=generation_pb2.ResponseOptions(include_prompt=True)
             ),
-            "stopping.stop": lambda: generate(token_ids=ids, stopping=generation_pb2.StoppingCriteria(stop=["."])),
+            "spec.stopping.stop": lambda: generate(token_ids=ids, stopping=generation_pb2.StoppingCriteria(stop=["."])),
+            "text": lambda: generation.Tokenize(generation_pb2.TokenizeRequest(text="Hello")),
             "token_ids": lambda: generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=[4])),
         }
         for field, call in refused.items():
@@ -51,5 +54,6 @@ def test_token_ids_go_in_and_come_out(tmp_path: Path, live_server: Any) -> None:
                 call()
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, field
             assert "has no tokenizer" in caught.value.details(), field
-        with pytest.raises(grpc.RpcError, match="has no tokenizer"):
-            generation.Tokenize(generation_pb2.TokenizeRequest(text="Hello"))
+            named = error_details_pb2.BadRequest()
+            assert any(packed.Unpack(named) for packed in rpc_status.from_call(caught.value).details)
+            assert [violation.field for violation in named.field_violations] == [field]
