@@ -38,6 +38,7 @@ class FakeStream:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         assert target.shape == source.shape and target.dtype == source.dtype
+        assert _memory(source) in (_memory(target), *self._device.pinned), "a copy from memory that is not pinned waits"
         self.enqueue(_copy(target.view(-1), source.view(-1)))
 
     def fill(self, target: Tensor, value: float) -> None:
@@ -69,6 +70,12 @@ class FakeDevice:
     def __init__(self) -> None:
         self.steps = FakeStream(self)
         self.copies = FakeStream(self)
+        self.pinned: list[int] = []
+
+    def pin(self, memory: Tensor) -> Tensor:
+        """`memory`, from now on pinned."""
+        self.pinned.append(_memory(memory))
+        return memory
 
     def progress(self) -> None:
         """Both streams go on as they can."""
@@ -86,6 +93,10 @@ class FakeDevice:
         while not (self.steps.idle and self.copies.idle):
             if not self.steps.advance() and not self.copies.advance():
                 assert self.steps.idle and self.copies.idle, "each stream waits for the other"
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _copy(target: Tensor, source: Tensor) -> Operation:

@@ -24,7 +24,8 @@ class House:
 
     def __init__(self, capacity: int = 24 * LARGEST, max_slots: int = 6, staging: int = 4 * LARGEST) -> None:
         self.device = FakeDevice()
-        uploads = Beside(self.device.steps, self.device.copies, torch.zeros(staging, dtype=torch.uint8))
+        ring = self.device.pin(torch.zeros(staging, dtype=torch.uint8))
+        uploads = Beside(self.device.steps, self.device.copies, ring)
         self.pool = PagePool(LAYOUT, capacity, max_slots=max_slots, uploads=uploads)
         self.pool.pages.arena.fill_(torch.nan)
         self.resident: dict[int, CanonicalAdapter] = {}
@@ -206,6 +207,18 @@ def test_pages_move_behind_their_copies_and_before_what_takes_their_place(under_
         house.step(list(house.resident))
     house.settle()
     assert not torch.equal(offsets[list(house.resident)[:-4]], house.pool.pages.offsets[list(house.resident)[:-4]])
+
+
+def test_tables_wait_for_room_on_the_way() -> None:
+    house = House(staging=LARGEST)
+    first, second = house.reserve({(0, "down_proj"): 16}), house.reserve({(1, "down_proj"): 16})
+    assert first is not None and second is not None
+    assert (house.fill(first), house.fill(second)) == (LARGEST, 0)
+    house.device.drain()
+    assert house.fill(second) == LARGEST
+    house.fill(first)
+    assert first in house.filling, "its page is there, but the ring is full"
+    house.settle()
 
 
 def test_insert_waits_for_the_device() -> None:
