@@ -88,11 +88,12 @@ class FakeDevice:
             if not self.steps.advance() and not self.steps.idle:
                 assert self.copies.advance(), "the steps wait for what will never come"
 
-    def drain(self) -> None:
-        """Run everything."""
-        while not (self.steps.idle and self.copies.idle):
-            if not self.steps.advance() and not self.copies.advance():
-                assert self.steps.idle and self.copies.idle, "each stream waits for the other"
+    def drain(self, copies_first: bool = False) -> None:
+        """Run everything, one stream only where the other waits for it."""
+        first, second = (self.copies, self.steps) if copies_first else (self.steps, self.copies)
+        while not (first.idle and second.idle):
+            if not first.advance() and not second.advance():
+                assert first.idle and second.idle, "each stream waits for the other"
 
 
 def _memory(x: Tensor) -> int:
