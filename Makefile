@@ -22,9 +22,9 @@ demo: $(VENV)/.runtime ## Serve the default model and show one question answered
 test: $(VENV)/.dev ## All tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-test-gpu: $(VENV)/.dev ## The tests of the Triton kernels and of the engine on this machine's GPU
+test-gpu: $(VENV)/.dev ## The tests of the Triton kernels, adapters and engine on this machine's GPU
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu needs an NVIDIA GPU")'
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/kernels/triton tests/engine/test_on_gpu.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/kernels/triton tests/adapters/test_on_gpu.py tests/engine/test_on_gpu.py
 
 check: $(VENV)/.dev ## Lint, format, types, generated protos, table of settings, links
 	$(BIN)/ruff check .

@@ -16,13 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorry.adapters.catalog import Catalog
-from lorry.adapters.layout import ModelLayout
+from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.lease import Lease
 from lorry.adapters.manager import AdapterManager
 from lorry.adapters.pool import PagePool
 from lorry.adapters.records import AdapterChanged, AdapterReply
+from lorry.adapters.uploads import Beside
+from lorry.kernels.lora import SITES
 
 sys.path.insert(0, str(Path(__file__).parent))  # random_adapters.py and fake_device.py serve several tests here
+
+from fake_device import FakeDevice
 
 PATIENCE = 60.0  # seconds; only a hang takes that long
 
@@ -96,9 +100,16 @@ def write_adapter(layout: ModelLayout) -> Writer:
 
 
 class Driver:
-    """A manager over `folder`, whose polls are recorded and whose invariants are proved after each."""
+    """A manager over `folder`, whose polls are recorded and whose invariants are proved after each.
 
-    def __init__(self, layout: ModelLayout, folder: Path, capacity: int, **pool: Any) -> None:
+    lagging: its pool is on a device that does little between two polls.
+    """
+
+    def __init__(self, layout: ModelLayout, folder: Path, capacity: int, lagging: bool = False, **pool: Any) -> None:
+        self.device = FakeDevice()
+        if lagging:
+            ring = self.device.pin(torch.zeros(1 << 14, dtype=torch.uint8))
+            pool["uploads"] = Beside(self.device.steps, self.device.copies, ring)
         self.pool = PagePool(layout, capacity, **pool)
         self.pool.pages.arena.fill_(torch.nan)
         self.manager = AdapterManager(Catalog(folder), self.pool)
@@ -111,7 +122,25 @@ class Driver:
                 self.replies[event.call_id] = event
             else:
                 self.events.append(event)
+        for _ in range(9):
+            self.device.copies.advance()
+        self.check()
+
+    def check(self) -> None:
+        self.device.end_steps()
         self.manager.check()
+
+    def held(self, slot: int) -> dict[Linear, Tensor]:
+        """Pages [P, 16·(K+N)] of each linear, where the tables lead."""
+        self.device.end_steps()
+        layout, pages = self.pool.layout, self.pool.pages
+        found = {}
+        for layer, site in layout.linears():
+            places = [place for place in pages.offsets[slot, layer, SITES.index(site)].tolist() if place >= 0]
+            if places:
+                size = layout.page_elements(site)
+                found[layer, site] = torch.stack([pages.arena[place : place + size] for place in places])
+        return found
 
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -131,7 +160,7 @@ class Driver:
 
     def request(self, *refs: Ref | str) -> Lease:
         lease = self.manager.request([Ref(item) if isinstance(item, str) else item for item in refs])
-        self.manager.check()
+        self.check()
         return lease
 
     def start(self, *refs: Ref | str) -> Lease:
@@ -139,13 +168,13 @@ class Driver:
         lease = self.request(*refs)
         self.until(lambda: self.manager.ready(lease))
         self.manager.pin(lease)
-        self.manager.check()
+        self.check()
         return lease
 
     def end(self, *leases: Lease) -> None:
         for lease in leases:
             self.manager.release(lease)
-            self.manager.check()
+            self.check()
 
     def answer(self, call_id: int) -> AdapterReply:
         self.until(lambda: call_id in self.replies)

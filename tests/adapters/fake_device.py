@@ -38,6 +38,7 @@ class FakeStream:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         assert target.shape == source.shape and target.dtype == source.dtype
+        assert _memory(source) in (_memory(target), *self._device.pinned), "a copy from memory that is not pinned waits"
         self.enqueue(_copy(target.view(-1), source.view(-1)))
 
     def fill(self, target: Tensor, value: float) -> None:
@@ -69,6 +70,12 @@ class FakeDevice:
     def __init__(self) -> None:
         self.steps = FakeStream(self)
         self.copies = FakeStream(self)
+        self.pinned: list[int] = []
+
+    def pin(self, memory: Tensor) -> Tensor:
+        """`memory`, from now on pinned."""
+        self.pinned.append(_memory(memory))
+        return memory
 
     def progress(self) -> None:
         """Both streams go on as they can."""
@@ -81,11 +88,16 @@ class FakeDevice:
             if not self.steps.advance() and not self.steps.idle:
                 assert self.copies.advance(), "the steps wait for what will never come"
 
-    def drain(self) -> None:
-        """Run everything."""
-        while not (self.steps.idle and self.copies.idle):
-            if not self.steps.advance() and not self.copies.advance():
-                assert self.steps.idle and self.copies.idle, "each stream waits for the other"
+    def drain(self, copies_first: bool = False) -> None:
+        """Run everything, one stream only where the other waits for it."""
+        first, second = (self.copies, self.steps) if copies_first else (self.steps, self.copies)
+        while not (first.idle and second.idle):
+            if not first.advance() and not second.advance():
+                assert first.idle and second.idle, "each stream waits for the other"
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _copy(target: Tensor, source: Tensor) -> Operation:

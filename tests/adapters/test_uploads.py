@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -24,7 +25,8 @@ class House:
 
     def __init__(self, capacity: int = 24 * LARGEST, max_slots: int = 6, staging: int = 4 * LARGEST) -> None:
         self.device = FakeDevice()
-        uploads = Beside(self.device.steps, self.device.copies, torch.zeros(staging, dtype=torch.uint8))
+        ring = self.device.pin(torch.zeros(staging, dtype=torch.uint8))
+        uploads = Beside(self.device.steps, self.device.copies, ring)
         self.pool = PagePool(LAYOUT, capacity, max_slots=max_slots, uploads=uploads)
         self.pool.pages.arena.fill_(torch.nan)
         self.resident: dict[int, CanonicalAdapter] = {}
@@ -87,7 +89,9 @@ class House:
 class UploadsMachine(RuleBasedStateMachine):
     """Random life of a pool on a device that runs, at random, a little on one stream or the other."""
 
-    @initialize(capacity=st.integers(0, 40), max_slots=st.integers(1, 6), staging=st.integers(1, 12))
+    @initialize(
+        capacity=st.sampled_from([0, 8, 24, 40, 64]), max_slots=st.sampled_from([2, 99]), staging=st.integers(1, 12)
+    )
     def start(self, capacity: int, max_slots: int, staging: int) -> None:
         self.house = House(capacity * LARGEST, max_slots, staging * LARGEST)
 
@@ -96,6 +100,26 @@ class UploadsMachine(RuleBasedStateMachine):
         slot = self.house.reserve(ranks)
         if slot is not None:
             self.house.fill(slot, budget)
+
+    @rule(random=st.randoms(use_true_random=False), budget=st.integers(0, 8 * LARGEST))
+    def scatter(self, random: Random, budget: int) -> None:
+        """One-page adapters wherever there is room, of which many go again; others then need pages to move."""
+        house = self.house
+        for site, keep in (("k_proj", 0.4), ("down_proj", 1.0)):
+            while house.pool.make_room(house.pool.demand([adapter(0, {(1, site): 16})])) == []:
+                slot = house.reserve({(1, site): 16})
+                assert slot is not None
+                house.fill(slot, budget)
+            for slot in [*house.filling, *house.resident]:
+                if random.random() > keep:
+                    house.evict(slot)
+
+    @precondition(lambda self: self.house.filling)
+    @rule(budget=st.integers(1, 40 * LARGEST))
+    def fill_all(self, budget: int) -> None:
+        for slot in list(self.house.filling):
+            if budget > 0:
+                budget -= self.house.fill(slot, budget)
 
     @precondition(lambda self: self.house.filling)
     @rule(data=st.data(), budget=st.integers(0, 40 * LARGEST))
@@ -106,7 +130,9 @@ class UploadsMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.house.resident)
     @rule(data=st.data())
     def step(self, data: Any) -> None:
-        self.house.step(data.draw(st.lists(st.sampled_from(sorted(self.house.resident)), min_size=1, unique=True)))
+        self.house.step(
+            data.draw(st.lists(st.sampled_from(sorted(self.house.resident)), min_size=1, max_size=5, unique=True))
+        )
 
     @precondition(lambda self: self.house.filling or self.house.resident)
     @rule(data=st.data())
@@ -181,8 +207,9 @@ def test_pages_are_not_overwritten_before_the_steps_that_read_them() -> None:
     assert not torch.equal(before, arena)
 
 
+@pytest.mark.parametrize("copies_first", [False, True])
 @pytest.mark.parametrize("under_way", [0, 2, 20], ids=lambda parts: f"{parts} parts copied")
-def test_pages_move_behind_their_copies_and_before_what_takes_their_place(under_way: int) -> None:
+def test_pages_move_behind_their_copies_and_before_what_takes_their_place(under_way: int, copies_first: bool) -> None:
     house = House(12 * 8 * LARGEST, max_slots=99, staging=64 * LARGEST)
     small = []
     while house.pool.make_room(house.pool.demand([adapter(0, {(0, "k_proj"): 16})])) == []:
@@ -204,8 +231,21 @@ def test_pages_move_behind_their_copies_and_before_what_takes_their_place(under_
     while (big := house.reserve({(0, "down_proj"): 64, (1, "down_proj"): 64})) is not None:
         house.fill(big)
         house.step(list(house.resident))
+    house.device.drain(copies_first)
     house.settle()
     assert not torch.equal(offsets[list(house.resident)[:-4]], house.pool.pages.offsets[list(house.resident)[:-4]])
+
+
+def test_tables_wait_for_room_on_the_way() -> None:
+    house = House(staging=LARGEST)
+    first, second = house.reserve({(0, "down_proj"): 16}), house.reserve({(1, "down_proj"): 16})
+    assert first is not None and second is not None
+    assert (house.fill(first), house.fill(second)) == (LARGEST, 0)
+    house.device.drain()
+    assert house.fill(second) == LARGEST
+    house.fill(first)
+    assert first in house.filling, "its page is there, but the ring is full"
+    house.settle()
 
 
 def test_insert_waits_for_the_device() -> None:
