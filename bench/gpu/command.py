@@ -51,7 +51,7 @@ def run(
     dry: bool = False,
     seconds: float = SECONDS,
 ) -> list[Figure]:
-    """All figures of the cases that ran to their end, each begun with `subject` within `seconds`; why others did not."""
+    """All figures of the cases that ran to their end, each begun within `seconds`; why the others did not."""
     begin, figures = time.monotonic(), list[Figure]()
     for name, case in chosen.items():
         if time.monotonic() - begin > seconds:
