@@ -50,6 +50,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self._calls = itertools.count()
+        self._reduced = _reduced_precision(False)  # as the engine's process does
         self.adapters = RandomAdapters()
         self.adapters.install()
         config = self._config()
@@ -83,6 +84,7 @@ class Session:
         """Give the device's memory back."""
         self.engine.close()
         self.adapters.remove()
+        _reduced_precision(self._reduced)
         del self.engine, self.decoder
         gc.unfreeze()
         gc.collect()
@@ -249,12 +251,16 @@ class Session:
         """What a step must read: weights and head, the pages of its adapters once, keys and values of `rows` sequences
         of `tokens` tokens. Embeddings, activations and logits are not counted."""
         model, kv = self.decoder.config, self.runner.kv
-        weights = self.decoder.weight_bytes
-        if not model.tie_embeddings:
-            weights -= model.vocab_size * model.hidden_size * self.decoder.dtype.itemsize
         pages = sum(page_count(rank_of(name)) for name in mix.adapters()) * self.page_bytes
         each = block_bytes(model.layers, model.kv_heads, model.head_dim, kv.dtype) / BLOCK_SIZE
-        return weights + pages + rows * tokens * each
+        return self.decoder.step_bytes + pages + rows * tokens * each
+
+
+def _reduced_precision(allowed: bool) -> bool:
+    """Whether cuBLAS may keep parts of a sum in bfloat16; what was set before."""
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = allowed
+    return bool(before)
 
 
 def graph_pages(mix: Mix) -> int:
