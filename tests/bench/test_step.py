@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.server.engine.local import Answer, Completion
@@ -22,25 +23,24 @@ from lorry.server.params import TokenLogprob, TokenLogprobs
 STEP = Path(__file__).parents[2] / "bench" / "step.py"
 
 
-def start(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, STEP, *arguments],
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU only")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as left:
+        importlib.import_module("step").main()
+    assert left.value.exit_code == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_a_dry_run_checks_and_writes(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "result.json"
+    only = ["--only", "decode, 3", "--only", "products"]
+    done = subprocess.run(
+        [sys.executable, STEP, "--dry-run", *only, "--output", output],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"},
         capture_output=True,
         text=True,
         timeout=240,
     )
-
-
-def test_without_a_gpu_it_says_so() -> None:
-    done = start()
-    assert done.returncode == 2
-    assert "needs an NVIDIA GPU" in done.stdout
-
-
-def test_a_dry_run_checks_and_writes(tmp_path: Path) -> None:
-    output = tmp_path / "new" / "result.json"
-    done = start("--dry-run", "--only", "decode, 3", "--only", "products", "--output", output)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(output.read_text())
     assert result["failures"] == result["left_out"] == {}
