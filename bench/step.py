@@ -50,14 +50,9 @@ def chosen(cases: Cases, only: list[str]) -> Cases:
 def measure(stage: Stage, only: list[str], failures: Failures, left_out: Failures) -> list[Figure]:
     """All figures. What keeps the engine from being built is a failure; a peer that cannot run is left out."""
     from steps import peers
-    from steps.session import Session
     from steps.sizes import TINY, sizes_of
 
-    begin = time.monotonic()
-
-    def left() -> float:
-        return SECONDS - (time.monotonic() - begin)
-
+    end = time.monotonic() + SECONDS
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="lorry-step-") as name:
         tiny = Path(name) / "tiny"
@@ -67,21 +62,30 @@ def measure(stage: Stage, only: list[str], failures: Failures, left_out: Failure
         own, others = chosen(own_cases(sizes.batches), only), chosen(dict(peers.CASES), only)
         if not own and not others:
             raise typer.BadParameter(f"no case holds any of {only}", param_hint="--only")
-        try:
-            session = Session(stage, sizes, Path(name))
-        except Exception as error:
-            failures["engine"] = f"{type(error).__name__}: {error}"
-            return figures
-        try:
-            left_out |= {f"decode, {rows} rows": why for rows, why in session.left_out.items()}
-            own = {case: run_it for case, run_it in own.items() if case not in left_out}
-            figures = run(session, own, failures, dry=stage.dry, seconds=left())
-        finally:
-            session.close()
-            del session
+        if own:
+            figures = measure_own(stage, sizes, Path(name), own, end, failures, left_out)
         rivals = peers.Rivals(stage, sizes, figures)
-        figures += run(rivals, others, left_out, dry=stage.dry, seconds=left())
+        figures += run(rivals, others, left_out, dry=stage.dry, seconds=end - time.monotonic())
     return figures
+
+
+def measure_own(
+    stage: Stage, sizes: Any, folder: Path, cases: Cases, end: float, failures: Failures, left_out: Failures
+) -> list[Figure]:
+    """Those of our cases, by an engine that is gone afterwards."""
+    from steps.session import Session
+
+    try:
+        session = Session(stage, sizes, folder)
+    except Exception as error:
+        failures["engine"] = f"{type(error).__name__}: {error}"
+        return []
+    left_out |= {f"decode, {rows} rows": why for rows, why in session.left_out.items()}
+    there = {name: case for name, case in cases.items() if name not in left_out}
+    try:
+        return run(session, there, failures, dry=stage.dry, seconds=end - time.monotonic())
+    finally:
+        session.close()
 
 
 def report(figures: list[Figure], limits: Any) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu.command import Failures, console
-from gpu.measure import Figure, Stage
+from gpu.command import console
+from gpu.measure import Stage
 from steps.adapters import RandomAdapters, make_folders, revision_of
 from steps.sizes import Mix, Sizes, rank_of
 
@@ -40,13 +40,12 @@ FOREVER = 600.0  # seconds after which a run is taken to hang
 
 @dataclass
 class Session:
-    """engine and decoder, and what cases keep for each other: `figures` of those that have run."""
+    """folder: for adapters, empty. sizes become those that fit; left_out: the batches that do not, and why."""
 
     stage: Stage
     sizes: Sizes
     folder: Path
-    left_out: Failures = field(default_factory=dict)
-    figures: list[Figure] = field(default_factory=list)
+    left_out: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._calls = itertools.count()
@@ -122,7 +121,7 @@ class Session:
             free = torch.cuda.mem_get_info(types.device)[0] - SPARE
             while len(sizes.batches) > 1 and (needed := self._kv_bytes(sizes, types) + self._pages(sizes)) > free:
                 reason = f"{needed / GIB:.0f} GiB of KV cache and adapters, {max(0, free) / GIB:.0f} GiB are free"
-                self.left_out[f"batch {sizes.batches[-1]}"] = reason
+                self.left_out[sizes.batches[-1]] = reason
                 sizes = sizes.without_largest()
         return sizes
 

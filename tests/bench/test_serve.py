@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from lorry.kernels import native
+
 SERVE = Path(__file__).parents[2] / "bench" / "serve.py"
 
 
@@ -19,6 +21,9 @@ def test_bystanders_while_adapters_load(tmp_path: Path) -> None:
     model = tmp_path / "tiny"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(importlib.import_module("steps.sizes").TINY))
+    native.library()
+    (tmp_path / "lorry").mkdir()
+    (tmp_path / "lorry" / "native").symlink_to(native.cache_folder())  # compiled once for all tests
     output = tmp_path / "new" / "result.json"
     command = ["--bystanders", "--model", model, "--streams", "3", "--new-tokens", "60", "--adapters", "2"]
     options = [f"--server-option={option}" for option in ("--load-format=dummy", "--threads=1", "--device=cpu")]
