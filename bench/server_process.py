@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-START_TIMEOUT = 300.0  # seconds; the first start converts the model and compiles the kernels
+START_TIMEOUT = 600.0  # seconds; the first start converts the model and compiles the kernels
 STOP_TIMEOUT = 30.0
 
 

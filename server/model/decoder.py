@@ -235,6 +235,11 @@ class Decoder:
         return nf4_bytes(linears) + dense
 
     @property
+    def step_bytes(self) -> int:
+        """Those of them that every step reads: not an embedding that is not the head as well."""
+        return self.weight_bytes - (0 if self._head is None else self._embedding.nbytes)
+
+    @property
     def parameters(self) -> int:
         """Weights and biases of the model; tied embeddings count once."""
         linears = [*self.projections, *([self._head] if self._head else [])]

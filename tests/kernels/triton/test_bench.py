@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import math
 import os
@@ -54,11 +53,7 @@ def test_a_dry_run_checks_and_writes(tmp_path: Path) -> None:
 
 
 def test_a_wrong_answer_has_no_figures() -> None:
-    measure = importlib.import_module("gpu.measure")
-    spec = importlib.util.spec_from_file_location("bench_kernels", BENCH / "kernels.py")
-    assert spec is not None and spec.loader is not None
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
+    measure, command = importlib.import_module("gpu.measure"), importlib.import_module("gpu.command")
 
     def half_wrong(stage: Any) -> Any:
         yield measure.Figure("op", "", 1, 1e-6, 8)
@@ -73,10 +68,10 @@ def test_a_wrong_answer_has_no_figures() -> None:
 
     failures: dict[str, str] = {}
     stage = measure.Stage("cpu", dry=True)
-    rows = command.run(stage, {"a": half_wrong, "b": broken, "c": right}, measure.Limits(1e12, 1e15), failures)
-    assert [row["op"] for row in rows] == ["right"]
+    figures = command.run(stage, {"a": half_wrong, "b": broken, "c": right}, failures, dry=True)
+    assert [figure.op for figure in figures] == ["right"]
     assert failures["a"].startswith("wrong: op") and "no such kernel" in failures["b"]
-    assert command.default_output("NVIDIA H100 80GB HBM3").name == "kernels-nvidia-h100-80gb-hbm3.json"
+    assert command.default_output("kernels", "NVIDIA H100 80GB HBM3").name == "kernels-nvidia-h100-80gb-hbm3.json"
 
 
 def test_ratios_and_bounds() -> None:
