@@ -42,7 +42,7 @@ from lorry.server.model.inputs import ModelInputs
 from lorry.server.model.load import load_model
 from lorry.server.params import SamplingParams, StoppingParams
 
-BATCHES = 100
+BATCHES = 40
 TARGET = GPUTarget("cuda", 90, 32)
 LIMITS = (Limits(5, 40, 300), Limits(64, 700, 300), Limits(70, 1100, 4096))
 

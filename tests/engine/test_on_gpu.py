@@ -148,7 +148,7 @@ def test_adapters_come_and_go_while_others_decode(folders: Any, generate: Any) -
             if draw.random() < 0.3:
                 call += 1
                 name = draw.choice(["r3", "r17", "r40", "r64", "r8", "r200"])
-                engine.send(LoadAdapter(call, f"x{call % 5}", str(adapters / name), replace=True))
+                engine.send(LoadAdapter(call, f"x{call % 5}", name, replace=True))
                 prompt, count = [9, call % 60 + 2], draw.randrange(1, 9)
                 engine.send(generate(f"o{call}", prompt, count, adapters={name: 1.0}))
             if draw.random() < 0.1:

@@ -111,10 +111,8 @@ def peft_logits(peft: Any, prompt: list[int], combo: tuple[tuple[str, float], ..
         return logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_path_of_a_gpu_equals_that_of_a_cpu(
-    dtype: torch.dtype, tools: Any, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_the_path_of_a_gpu_equals_that_of_a_cpu(tools: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """In float16, as which the NF4 products of a GPU compute; tests/engine/test_interpreted.py has float32."""
     shape = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 1}
     model = tools.tiny_model(
         "llama", torch.float32, **shape, num_hidden_layers=2, vocab_size=131, max_position_embeddings=64
@@ -124,14 +122,12 @@ def test_the_path_of_a_gpu_equals_that_of_a_cpu(
     decoder = load_model(str(tmp_path))
     weights = [weights_of(peft, adapter) for adapter in RANKS]
     generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(0, 131, (length,), generator=generator).tolist() for length in LENGTHS]
-    combos = [tuple((list(RANKS).index(adapter), weight) for adapter, weight in combo) for combo in COMBOS]
-    chunks = ((35, 1), (3,), (17, 1, 11), (16,), ())
-    pages = tools.pages_of(decoder, weights)
+    prompts = [torch.randint(0, 131, (length,), generator=generator).tolist() for length in (18, 3, 1)]
+    combos = [tuple((list(RANKS).index(adapter), weight) for adapter, weight in combo) for combo in COMBOS[:3]]
+    chunks, pages = ((17,), (), ()), tools.pages_of(decoder, weights)
     expected = tools.paged_logits(decoder, prompts, chunks=chunks, pages=pages, combos=combos)
     request.getfixturevalue("interpreted")
-    decoder = load_model(str(tmp_path), dtype=dtype)
-    actual = tools.paged_logits(decoder, prompts, chunks=chunks, kv_dtype=dtype, pages=pages, combos=combos)
+    decoder = load_model(str(tmp_path), dtype=torch.float16)
+    actual = tools.paged_logits(decoder, prompts, chunks=chunks, kv_dtype=torch.float16, pages=pages, combos=combos)
     for ours, theirs in zip(actual, expected, strict=True):
-        error = (ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt()
-        assert error < (2e-5 if dtype is torch.float32 else 3e-3)
+        assert tools.relative_rms(ours, theirs) < 3e-3
