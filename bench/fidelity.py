@@ -33,7 +33,10 @@ CHOICES: tuple[tuple[str, torch.dtype, Products, torch.dtype], ...] = (
     ("int16, cache float32", torch.float32, "int16", torch.float32),
     ("float32, cache bfloat16", torch.float32, "float32", torch.bfloat16),
     ("int16, cache bfloat16", torch.float32, "int16", torch.bfloat16),
+    ("float32, cache e4m3", torch.float32, "float32", torch.float8_e4m3fn),
+    ("int16, cache e4m3", torch.float32, "int16", torch.float8_e4m3fn),
     ("all in bfloat16", torch.bfloat16, "float32", torch.bfloat16),
+    ("bfloat16, cache e4m3", torch.bfloat16, "float32", torch.float8_e4m3fn),
 )
 
 

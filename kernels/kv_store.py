@@ -2,6 +2,9 @@
 
 k_cache[slot // B, :, slot % B] = k[t],  v_cache likewise,  slot = slot_mapping[t],  slot -1: skipped
 
+Caches are float32, bfloat16, float16 or e4m3 (float8_e4m3fn). Stores round to the nearest, ties to even; e4m3 has no
+infinity: what lies beyond ±448 becomes ±448, and NaN stays NaN.
+
 `qkv_finish` is that and all that comes between the product for q, k, v and the scatter.
 """
 
@@ -16,8 +19,12 @@ from torch import Tensor
 
 from lorry.kernels import dispatch, native
 from lorry.kernels.lora import LoraTerm
+from lorry.kernels.nf4 import FLOAT_DTYPES
 from lorry.kernels.rms_norm import rms_norm, rms_norm_reference
 from lorry.kernels.rope import rope, rope_reference
+
+FP8 = torch.float8_e4m3fn
+CACHE_DTYPES = (*FLOAT_DTYPES, FP8)
 
 
 def empty_caches(
@@ -50,10 +57,20 @@ def fits_kernels(k_cache: Tensor, v_cache: Tensor) -> bool:
     return (
         k_cache.is_cpu
         and k_cache.dtype is v_cache.dtype
-        and k_cache.dtype in native.ELEMENT_TYPES
+        and k_cache.dtype in native.CACHE_TYPES
         and k_cache.transpose(2, 3).is_contiguous()
         and v_cache.is_contiguous()
     )
+
+
+def as_bits(cache: Tensor) -> Tensor:
+    """The same memory as uint8 where it holds e4m3, for which torch lacks operations that only move bytes."""
+    return cache.view(torch.uint8) if cache.dtype is FP8 else cache
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = torch.finfo(FP8).max
+    return (x.clamp(-largest, largest) if dtype is FP8 else x).to(dtype)
 
 
 def kv_store_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -62,15 +79,15 @@ def kv_store_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, s
     slots = slot_mapping[rows]
     block_size = k_cache.shape[2]
     block, offset = slots // block_size, slots % block_size
-    k_cache[block, :, offset] = k[rows].to(k_cache.dtype)
-    v_cache[block, :, offset] = v[rows].to(v_cache.dtype)
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        as_bits(cache)[block, :, offset] = as_bits(_rounded(x[rows], cache.dtype))
 
 
 def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """k_cache[slot // B, :, slot % B] = k[t], v_cache likewise.
 
     k, v: [T, Hk, D], strided views allowed (last dimension contiguous); caches: as `empty_caches` makes them, in the
-    KV dtype, to which values are rounded; slot_mapping: int64 [T], block * B + offset, or -1 to skip the row.
+    KV dtype, to which values are rounded as above; slot_mapping: int64 [T], block * B + offset, or -1 to skip the row.
     Two rows of one call must not share a slot. Raises IndexError for a slot outside the caches; a GPU skips its row.
     """
     if dispatch.on_gpu(k):
@@ -94,7 +111,7 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         v_strides[1],
         k_cache.data_ptr(),
         v_cache.data_ptr(),
-        native.ELEMENT_TYPES[k_cache.dtype],
+        native.CACHE_TYPES[k_cache.dtype],
         blocks,
         heads,
         block_size,

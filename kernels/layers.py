@@ -162,7 +162,7 @@ class Layers:
         if not all(map(fits_kernels, keys, values)) or keys[0].shape[2] != BLOCK_SIZE:
             return False
         self._keys = keys
-        self._plan.cache_type = native.ELEMENT_TYPES[keys[0].dtype]
+        self._plan.cache_type = native.CACHE_TYPES[keys[0].dtype]
         self._plan.cache_blocks = keys[0].shape[0]
         for struct, key, value in zip(self._structs, keys, values, strict=True):
             struct.keys, struct.values = key.data_ptr(), value.data_ptr()

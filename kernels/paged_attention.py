@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels import dispatch, native
-from lorry.kernels.kv_store import fits_kernels
+from lorry.kernels.kv_store import as_bits, fits_kernels
 
 BLOCK_SIZE = 16  # what the CPU kernel serves; see csrc/attention.c for the limits below
 MAX_HEAD_DIM = 256
@@ -41,7 +41,12 @@ def paged_attention_reference(
             continue
         blocks = block_tables[sequence, : -(-kv_len // block_size)].long()
         keys, values = (
-            cache[blocks].transpose(1, 2).flatten(0, 1)[:kv_len].float().repeat_interleave(group, dim=1)
+            as_bits(cache)[blocks]
+            .view(cache.dtype)
+            .transpose(1, 2)
+            .flatten(0, 1)[:kv_len]
+            .float()
+            .repeat_interleave(group, dim=1)
             for cache in (k_cache, v_cache)
         )  # [kv_len, Hq, D]
         query_pos = torch.arange(kv_len - (stop - start), kv_len, device=q.device).unsqueeze(1)
@@ -71,10 +76,9 @@ def paged_attention(
     """softmax(scale * q @ K.T, causal) @ V for every row of every sequence of the batch.
 
     q: [T, Hq, D], strided views allowed; caches: [num_blocks, Hk, B, D] as `empty_caches` makes them, float32,
-    bfloat16 or float16;
-    block_tables: int32 [S, max_blocks]; cu_seqlens_q: int32 [S + 1], rows cu[s]..cu[s+1] are sequence s (may be
-    none); kv_lens: int32 [S], tokens in the cache including this step's own; scale: usually D ** -0.5;
-    sliding_window: tokens seen including the row's own, 0 for all. Returns [T, Hq, D] contiguous, q's dtype.
+    bfloat16, float16 or e4m3; block_tables: int32 [S, max_blocks]; cu_seqlens_q: int32 [S + 1], rows cu[s]..cu[s+1]
+    are sequence s (may be none); kv_lens: int32 [S], tokens in the cache including this step's own; scale: usually
+    D ** -0.5; sliding_window: tokens seen including the row's own, 0 for all. Returns [T, Hq, D] contiguous, q's dtype.
     Entries of block_tables outside what the rows see are not read.
 
     min_query_len, max_query_len: the fewest and the most rows of any sequence that has rows, as far as the caller
@@ -115,7 +119,7 @@ def paged_attention(
         width,
         k_cache.data_ptr(),
         v_cache.data_ptr(),
-        native.ELEMENT_TYPES[k_cache.dtype],
+        native.CACHE_TYPES[k_cache.dtype],
         block_tables.data_ptr(),
         block_tables.stride()[0],
         cu_seqlens_q.data_ptr(),

@@ -197,6 +197,7 @@ static void direct(const enum step step, const struct attention *a, const struct
     switch (a->type) {
         case BF16: direct_typed(step, BF16, a, b, low, high, ws, queries); break;
         case F16: direct_typed(step, F16, a, b, low, high, ws, queries); break;
+        case E4M3: direct_typed(step, E4M3, a, b, low, high, ws, queries); break;
         default: direct_typed(step, F32, a, b, low, high, ws, queries);
     }
 }
@@ -206,6 +207,7 @@ static void decode_panel_typed(const struct attention *a, const int32_t *table, 
     switch (a->type) {
         case BF16: decode_panel(BF16, a, table, head, first, low, high, ws); break;
         case F16: decode_panel(F16, a, table, head, first, low, high, ws); break;
+        case E4M3: decode_panel(E4M3, a, table, head, first, low, high, ws); break;
         default: decode_panel(F32, a, table, head, first, low, high, ws);
     }
 }

@@ -106,6 +106,8 @@ INLINE void store_row(const enum elem type, const float *x, const struct cache *
             const int64_t to = at + (i + j) * c->stride;
             if (elem_size(type) == 4)
                 ((uint32_t *)c->memory)[to] = lanes[j];
+            else if (elem_size(type) == 1)
+                ((uint8_t *)c->memory)[to] = ((const uint8_t *)lanes)[j];
             else
                 ((uint16_t *)c->memory)[to] = ((const uint16_t *)lanes)[j];
         }
@@ -123,6 +125,7 @@ static void store_rows(const enum elem type, const float *x, int64_t stride, int
             switch (type) {
                 case BF16: store_row(BF16, row, c, at); break;
                 case F16: store_row(F16, row, c, at); break;
+                case E4M3: store_row(E4M3, row, c, at); break;
                 default: store_row(F32, row, c, at);
             }
         }

@@ -4,7 +4,7 @@
  * once per lane; vf_fma is fused on the two vector paths and a multiply followed by an addition in plain C, so results
  * may differ between machines, never between calls on one. vu_lookup_pairs takes the low four bits of each half into a
  * table of 16 that is given twice over, vu_dot2 adds low * low + high * high, vf_store_int16 rounds to nearest even.
- * Element types of stored tensors: F32, BF16, F16 (enum elem); functions that take one are always inlined with a
+ * Element types of stored tensors: F32, BF16, F16, and for KV caches E4M3 (enum elem); functions that take one are always inlined with a
  * constant.
  */
 #ifndef LORRY_SIMD_H
@@ -17,9 +17,9 @@
 #define INLINE static inline __attribute__((always_inline, unused))
 #define LANES 16
 
-enum elem { F32 = 0, BF16 = 1, F16 = 2 };
+enum elem { F32 = 0, BF16 = 1, F16 = 2, E4M3 = 3 };
 
-INLINE int elem_size(enum elem type) { return type == F32 ? 4 : 2; }
+INLINE int elem_size(enum elem type) { return type == F32 ? 4 : type == E4M3 ? 1 : 2; }
 
 INLINE float bf16_to_float(uint16_t h) {
     uint32_t bits = (uint32_t)h << 16;
@@ -68,8 +68,33 @@ INLINE uint16_t float_to_f16(float f) {
     return (uint16_t)(sign | ((magnitude - 0x38000000u) >> 13));
 }
 
+INLINE float e4m3_to_float(uint8_t b) {
+    const uint16_t magnitude = b & 0x7fu; /* as a half's, it is the number times 2^-8 */
+    const uint16_t nan = (uint16_t)(magnitude + 1) & 0x80u;
+    return f16_to_float((uint16_t)((b & 0x80u) << 8 | (magnitude | nan) << 7)) * 0x1p8f;
+}
+
+INLINE uint8_t float_to_e4m3(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    const uint32_t sign = bits >> 24 & 0x80u;
+    uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return (uint8_t)(sign | 0x7fu);
+    if (magnitude > 0x43e00000u) magnitude = 0x43e00000u; /* 448 */
+    if (magnitude < 0x3c800000u) {                        /* below 2^-6: a multiple of 2^-9 */
+        float scaled;
+        memcpy(&scaled, &magnitude, 4);
+        scaled = scaled + 0x1p14f; /* whose ulp is 2^-9: the addition rounds to nearest even */
+        memcpy(&magnitude, &scaled, 4);
+        return (uint8_t)(sign | (magnitude - 0x46800000u));
+    }
+    magnitude += 0x7ffffu + ((magnitude >> 20) & 1u);
+    return (uint8_t)(sign | ((magnitude - 0x3c000000u) >> 20));
+}
+
 INLINE float elem_load(enum elem type, const void *base, int64_t i) {
     if (type == F32) return ((const float *)base)[i];
+    if (type == E4M3) return e4m3_to_float(((const uint8_t *)base)[i]);
     uint16_t h = ((const uint16_t *)base)[i];
     return type == BF16 ? bf16_to_float(h) : f16_to_float(h);
 }
@@ -77,6 +102,8 @@ INLINE float elem_load(enum elem type, const void *base, int64_t i) {
 INLINE void elem_store(enum elem type, void *base, int64_t i, float f) {
     if (type == F32)
         ((float *)base)[i] = f;
+    else if (type == E4M3)
+        ((uint8_t *)base)[i] = float_to_e4m3(f);
     else
         ((uint16_t *)base)[i] = type == BF16 ? float_to_bf16(f) : float_to_f16(f);
 }
@@ -132,6 +159,14 @@ INLINE vf vf_times_pow2(vf v, vf n) { /* n integral in -126..127 */
 }
 INLINE vf vf_load_as(enum elem type, const void *p) {
     if (type == F32) return _mm512_loadu_ps(p);
+    if (type == E4M3) { /* as e4m3_to_float; the product is exact */
+        const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+        const __m256i magnitude = _mm256_and_si256(b, _mm256_set1_epi16(0x7f));
+        const __m256i nan = _mm256_and_si256(_mm256_add_epi16(magnitude, _mm256_set1_epi16(1)), _mm256_set1_epi16(0x80));
+        const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(b, magnitude), 8);
+        const __m256i half = _mm256_or_si256(sign, _mm256_slli_epi16(_mm256_or_si256(magnitude, nan), 7));
+        return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(0x1p8f));
+    }
     __m256i h = _mm256_loadu_si256((const __m256i *)p);
     if (type == BF16) return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
     return _mm512_cvtph_ps(h);
@@ -146,6 +181,10 @@ INLINE void vf_store_as(enum elem type, void *p, vf v) {
         __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
         rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
         _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(rounded));
+    } else if (type == E4M3) {
+        float wide[LANES];
+        _mm512_storeu_ps(wide, v);
+        for (int i = 0; i < LANES; i++) elem_store(type, p, i, wide[i]);
     } else {
         _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
@@ -241,7 +280,7 @@ INLINE vf vf_load_as(enum elem type, const void *p) {
     if (type == F32) return vf_load(p);
     if (type == BF16) return (vf){widen_bf16(p), widen_bf16((const char *)p + 16)};
     float wide[LANES];
-    for (int i = 0; i < LANES; i++) wide[i] = f16_to_float(((const uint16_t *)p)[i]);
+    for (int i = 0; i < LANES; i++) wide[i] = elem_load(type, p, i);
     return vf_load(wide);
 }
 INLINE void vf_store_as(enum elem type, void *p, vf v) {

@@ -6,10 +6,11 @@
     k_cache[slot // 16, :, slot % 16] = k,  v_cache likewise; slot -1: skipped
 
 `rope` alone and `kv_store` alone are the same kernel with less switched on. All of it is computed in float32 and
-rounded to q's dtype wherever the separate operations would store it.
+rounded to q's dtype wherever the separate operations would store it; from that to e4m3 where the caches are.
 
 **Layout.** q, k, v [T, heads, D] with a stride between rows and one between heads, contiguous within a head: usually
-views of one fused output. q is rotated in place; k and v, where they go to the caches, stay as they are.
+views of one fused output. q is rotated in place; k and v, where they go to the caches, stay as they are. Caches in e4m3
+are bytes to the kernel.
 
 **Plan.** A program is a tile of rows by one head of q, k or v, as two halves [R, D/2], so that rotation needs no
 exchange between threads. With a LoRA term the tiles are those of its routes. A row's bits do not depend on the others.
@@ -25,9 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorry.kernels.kv_store import CACHE_DTYPES, FP8
 from lorry.kernels.lora import LoraTerm
 from lorry.kernels.nf4 import FLOAT_DTYPES
 from lorry.kernels.triton.common import FUSION, rounded
+from lorry.kernels.triton.fp8 import to_e4m3
 from lorry.kernels.triton.lora import expand_arguments, expand_tile
 
 TILE_ROWS = 16
@@ -116,15 +119,23 @@ def qkv_finish_kernel(
             if site == 2:
                 cache, block_stride = v_cache, v_block
             within = (first * 16 + slot % 16) * D
-            place = cache + (slot // 16 * block_stride + within)[:, None] + column[None, :]
-            tl.store(place, rounded(a, cache.dtype.element_ty), mask=mask)
-            tl.store(place + D // 2, rounded(b, cache.dtype.element_ty), mask=mask)
+            there = cache + (slot // 16 * block_stride + within)[:, None] + column[None, :]
+            tl.store(there, _stored(a, cache.dtype.element_ty), mask=mask)
+            tl.store(there + D // 2, _stored(b, cache.dtype.element_ty), mask=mask)
         else:
             tl.store(place, rounded(a, dtype), mask=mask)
             tl.store(place + D // 2, rounded(b, dtype), mask=mask)
     else:
         tl.store(place, rounded(a, dtype), mask=mask)
         tl.store(place + D // 2, rounded(b, dtype), mask=mask)
+
+
+@triton.jit
+def _stored(values, dtype: tl.constexpr):
+    if dtype == tl.uint8:
+        return to_e4m3(values)
+    else:
+        return rounded(values, dtype)
 
 
 def qkv_finish(
@@ -185,6 +196,8 @@ def _launch(
     if cos_sin is not None and (cos_sin.dtype is not torch.float32 or not cos_sin.is_contiguous()):
         raise ValueError("cos_sin must be float32 and contiguous")
     positions, slot_mapping = (x if x is None else x.contiguous() for x in (positions, slot_mapping))
+    if k_cache is not None and v_cache is not None and k_cache.dtype is FP8:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     blocks = 0 if k_cache is None else k_cache.shape[0]
     q_heads = 0 if q is None else q.shape[1]
     if lora is None:
@@ -211,7 +224,7 @@ def _check(k: Tensor, width: int, inputs: list[Tensor], caches: list[Tensor]) ->
     if len({cache.dtype for cache in caches}) > 1:
         raise ValueError(f"both caches must have one dtype, not {[cache.dtype for cache in caches]}")
     for cache in caches:
-        if cache.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"caches must be float32, bfloat16 or float16, not {cache.dtype}")
+        if cache.dtype not in CACHE_DTYPES:
+            raise ValueError(f"caches must be float32, bfloat16, float16 or float8_e4m3fn, not {cache.dtype}")
         if cache.shape[2] != 16 or cache.stride()[1:] != (16 * width, width, 1):
             raise ValueError("caches must be [num_blocks, Hk, 16, D], contiguous within a block")

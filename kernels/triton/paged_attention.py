@@ -20,8 +20,14 @@ shapes; a program without work returns at once, and nothing is read back from th
 weights exp2(s - max) are rounded to the caches' dtype before they multiply V, y to its own. Where q and the caches
 differ in dtype, and in float32, products are float32 (not TF32).
 
-Bound: decode 4 kv_len Hk D bytes a sequence with 16-bit caches, prefill 4 Hq D operations a visible pair. Tiles and
-splits below are calculated, not yet measured on a GPU. Source: FlashAttention-2 (arXiv:2307.08691), Flash-Decoding.
+**Caches in e4m3** are read as 16-bit words of two neighbouring dimensions. Unpacked, the even dimensions are one
+operand and the odd ones another, in q's dtype, which holds them exactly; scores are the sum of two products, and y is
+computed in two halves. So tiles take the way of 16-bit caches of half the width, and decoding unpacks a number in the
+registers from which it is multiplied. Prefill, where several warps multiply each number, unpacks it once and passes it
+through shared memory. The weights are rounded to q's dtype.
+
+Bound: decode 2 kv_len Hk D numbers of the caches a sequence, prefill 4 Hq D operations a visible pair. Tiles and splits
+below are calculated, not yet measured on a GPU. Source: FlashAttention-2 (arXiv:2307.08691), Flash-Decoding.
 """
 
 from __future__ import annotations
@@ -34,8 +40,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorry.kernels.kv_store import CACHE_DTYPES, FP8
 from lorry.kernels.nf4 import FLOAT_DTYPES
 from lorry.kernels.triton.common import FUSION, dot, multiprocessors, rounded
+from lorry.kernels.triton.fp8 import unpack_pairs
 
 BLOCK_SIZE = 16
 HEAD_DIMS = range(16, 257, 16)
@@ -58,16 +66,20 @@ class Tiling:
 
 @triton.jit
 def _over_keys(
-    total, maximum, weights, q, k_cache, v_cache, table, start, stop, gap, skipped, first, end, position, window,
-    factor, k_stride, v_stride, D: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
+    total, odd_total, maximum, weights, q, odd_q, k_cache, v_cache, table, start, stop, gap, skipped, first, end,
+    position, window, factor, k_stride, v_stride, D: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, ONCE_K: tl.constexpr, ONCE_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds keys to total [M, D], maximum [M] and weights [M]; start is a multiple of KEYS.
+
+    Where the caches are words of two numbers, D counts the words, q and total are the even dimensions, odd_q and
+    odd_total the odd ones, and ONCE_K and ONCE_V say how words are unpacked; otherwise odd_q and odd_total are nothing.
 
     The keys are [start, gap) and, `skipped` further, [gap, stop). Those outside [first, end) are not read, with
     MASKED; without, all keys are there and all rows see them.
     position [M]: of each row in its sequence.
     """
+    PAIRS: tl.constexpr = k_cache.dtype.element_ty == tl.int16
     d = tl.arange(0, q.shape[1])
     for begin in tl.range(start, stop, KEYS, num_stages=STAGES):
         n = begin + tl.arange(0, KEYS)
@@ -82,9 +94,13 @@ def _over_keys(
             mask = (d < D)[None, :]
         within = ((n % 16) * D)[:, None] + d[None, :]
         k = tl.load(k_cache + (block * k_stride)[:, None] + within, mask=mask, other=0.0)
-        if WIDE:
+        scores = tl.zeros((q.shape[0], KEYS), tl.float32)
+        if PAIRS:
+            k, odd_k = unpack_pairs(k, q.dtype, ONCE_K)
+            scores = dot(odd_q, odd_k.T, scores)
+        elif WIDE:
             k = k.to(tl.float32)
-        scores = dot(q, k.T, tl.zeros((q.shape[0], KEYS), tl.float32))
+        scores = dot(q, k.T, scores)
         if MASKED:
             seen = inside[None, :] & (n[None, :] <= position[:, None])
             if WINDOW:
@@ -99,21 +115,47 @@ def _over_keys(
         maximum = raised
         weights = weights * decay + tl.sum(p, 1)
         v = tl.load(v_cache + (block * v_stride)[:, None] + within, mask=mask, other=0.0)
-        if WIDE:
+        if PAIRS:
+            v, odd_v = unpack_pairs(v, q.dtype, ONCE_V)
+            odd_total = dot(rounded(p, odd_v.dtype), odd_v, odd_total * decay[:, None])
+        elif WIDE:
             v = v.to(tl.float32)
         total = dot(rounded(p, v.dtype), v, total * decay[:, None])
-    return total, maximum, weights
+    return total, odd_total, maximum, weights
 
 
 @triton.jit
-def _queries(q, row, head, mask, stride_row, stride_head, D: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
-    """[M, WIDTH] of q, zeros outside."""
+def _queries(
+    q, row, head, mask, stride_row, stride_head, D: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    """[M, WIDTH] of q, zeros outside, and nothing; with HALVES, its even dimensions and its odd ones."""
     d = tl.arange(0, WIDTH)
     place = q + row.to(tl.int64)[:, None] * stride_row + (head * stride_head)[:, None] + d[None, :]
     tile = tl.load(place, mask=mask[:, None] & (d < D)[None, :], other=0.0)
     if WIDE:
         tile = tile.to(tl.float32)
-    return tile
+    if HALVES:
+        return tl.split(tl.reshape(tile, (tile.shape[0], WIDTH // 2, 2)))
+    else:
+        return tile, 0
+
+
+@triton.jit
+def _nothing_yet(ROWS: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr):
+    """total and odd_total, maximum and weights before the first key."""
+    maximum, weights = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    if HALVES:
+        zeros = tl.zeros((ROWS, WIDTH // 2), tl.float32)
+        return zeros, zeros, maximum, weights
+    else:
+        return tl.zeros((ROWS, WIDTH), tl.float32), 0, maximum, weights
+
+
+@triton.jit
+def _interleaved(even, odd):
+    """[M, N] and [M, N] → [M, 2 N]"""
+    return tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
 
 
 @triton.jit
@@ -156,18 +198,24 @@ def decode_kernel(
     if (split > 0) & (split >= splits):
         return
 
+    HALVES: tl.constexpr = k_cache.dtype.element_ty == tl.int16
+    WORDS: tl.constexpr = D // 2 if HALVES else D
     m = tl.arange(0, ROWS)
     query, head = m // GROUP, kv_head * GROUP + m % GROUP
     mask = query < count
-    tile = _queries(q, start + query, head, mask, stride_row, stride_head, D, WIDTH, WIDE)
+    tile, odd_tile = _queries(q, start + query, head, mask, stride_row, stride_head, D, WIDTH, WIDE, HALVES)
     begin = (first // length + split) * length
     table = block_tables + sequence.to(tl.int64) * stride_table
-    total, maximum, weights = _over_keys(
-        tl.zeros((ROWS, WIDTH), tl.float32), tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32),
-        tile, k_cache + kv_head * 16 * D, v_cache + kv_head * 16 * D, table,
+    total, odd_total, maximum, weights = _nothing_yet(ROWS, WIDTH, HALVES)
+    total, odd_total, maximum, weights = _over_keys(
+        total, odd_total, maximum, weights, tile, odd_tile,
+        k_cache + kv_head * 16 * WORDS, v_cache + kv_head * 16 * WORDS, table,
         tl.maximum(begin, first // KEYS * KEYS), tl.minimum(begin + length, kv_len), kv_len, 0, first, kv_len,
-        kv_len - count + query, window, factor, k_stride, v_stride, D, KEYS, WINDOW, True, WIDE, STAGES,
+        kv_len - count + query, window, factor, k_stride, v_stride, WORDS, KEYS, WINDOW, True, WIDE,
+        False, False, STAGES,
     )  # fmt: skip
+    if HALVES:
+        total = _interleaved(total, odd_total)
     if splits <= 1:
         weights = tl.where(weights == 0.0, 1.0, weights)  # of a sequence without keys: zeros
         _store(out, total / weights[:, None], start + query, head, mask, KV_HEADS * GROUP, D)
@@ -238,10 +286,13 @@ def prefill_kernel(
     if (begin >= count) | (count <= DECODE_QUERIES):
         return
 
+    HALVES: tl.constexpr = k_cache.dtype.element_ty == tl.int16
+    WORDS: tl.constexpr = D // 2 if HALVES else D
+    ONCE_K: tl.constexpr = ROWS > 64  # with fewer, few warps need a key; unpacked once, it takes too many registers
     m = tl.arange(0, ROWS)
     query, head = begin + m // GROUP, kv_head * GROUP + m % GROUP
     mask = (m < QUERIES * GROUP) & (query < count)
-    queries = _queries(q, start + query, head, mask, stride_row, stride_head, D, WIDTH, WIDE)
+    queries, odd_queries = _queries(q, start + query, head, mask, stride_row, stride_head, D, WIDTH, WIDE, HALVES)
     offset = tl.load(kv_lens + low) - count
     lowest, end = offset + begin, offset + tl.minimum(begin + QUERIES, count)  # positions of the tile's queries
     first, edge, whole = 0, 0, 0  # masked are [edge, whole) and [diagonal, end); between them, all rows see all keys
@@ -255,19 +306,22 @@ def prefill_kernel(
     else:
         edge, masked_end = diagonal, end
     table = block_tables + low.to(tl.int64) * stride_table
-    keys, values = k_cache + kv_head * 16 * D, v_cache + kv_head * 16 * D
+    keys, values = k_cache + kv_head * 16 * WORDS, v_cache + kv_head * 16 * WORDS
     position = offset + query
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
-    maximum, weights = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    total, maximum, weights = _over_keys(
-        total, maximum, weights, queries, keys, values, table, whole, diagonal, diagonal, 0,
-        first, end, position, window, factor, k_stride, v_stride, D, KEYS, WINDOW, False, WIDE, STAGES,
+    total, odd_total, maximum, weights = _nothing_yet(ROWS, WIDTH, HALVES)
+    total, odd_total, maximum, weights = _over_keys(
+        total, odd_total, maximum, weights, queries, odd_queries, keys, values, table, whole, diagonal, diagonal, 0,
+        first, end, position, window, factor, k_stride, v_stride, WORDS, KEYS, WINDOW, False, WIDE,
+        ONCE_K, True, STAGES,
     )  # fmt: skip
-    total, maximum, weights = _over_keys(
-        total, maximum, weights, queries, keys, values, table,
+    total, odd_total, maximum, weights = _over_keys(
+        total, odd_total, maximum, weights, queries, odd_queries, keys, values, table,
         edge, masked_end, whole, diagonal - whole,
-        first, end, position, window, factor, k_stride, v_stride, D, KEYS, WINDOW, True, WIDE, STAGES,
+        first, end, position, window, factor, k_stride, v_stride, WORDS, KEYS, WINDOW, True, WIDE,
+        ONCE_K, True, STAGES,
     )  # fmt: skip
+    if HALVES:
+        total = _interleaved(total, odd_total)
     _store(out, total / weights[:, None], start + query, head, mask, KV_HEADS * GROUP, D)
 
 
@@ -281,19 +335,20 @@ def most_splits(kv_heads: int, sms: int) -> int:
     return max(1, min(MOST_SPLITS, 2 * sms // kv_heads))
 
 
-def decode_tiling(group: int, width: int, wide: bool) -> Tiling:
+def decode_tiling(group: int, width: int, wide: bool, fp8: bool) -> Tiling:
     rows = max(DECODE_ROWS, triton.next_power_of_2(group))
     if wide:
         return Tiling(rows, 32 if width <= 128 else 16, stages=3, warps=8)
-    return Tiling(rows, 128 if width <= 64 else 64 if width <= 128 else 32, stages=3, warps=4)
+    keys = 128 if width <= 64 else 64 if width <= 128 else 32
+    return Tiling(rows, min(2 * keys, 128) if fp8 else keys, stages=3, warps=4)
 
 
-def prefill_tiling(group: int, width: int, wide: bool) -> Tiling:
+def prefill_tiling(group: int, width: int, wide: bool, fp8: bool) -> Tiling:
     """Three stages: one for the numbers of the blocks, one for what lies in them, one for the products."""
     if wide:
         return Tiling(max(16, triton.next_power_of_2(group)), 32 if width <= 128 else 16, stages=3, warps=8)
     if width <= 128:
-        return Tiling(128, 64, stages=3, warps=8)
+        return Tiling(128, 32 if fp8 and width > 64 else 64, stages=3, warps=8)
     return Tiling(64, 32, stages=3, warps=8)
 
 
@@ -324,12 +379,16 @@ def paged_attention(
         return out
     longest = rows if max_query_len is None else min(max_query_len, rows)
     few = decode_queries(group)
-    common = {"D": width, "WIDTH": triton.next_power_of_2(width), "WINDOW": sliding_window > 0}
-    wide = q.dtype is not k_cache.dtype or q.dtype is torch.float32
+    fp8 = k_cache.dtype is FP8
+    wide = q.dtype is torch.float32 or not (fp8 or q.dtype is k_cache.dtype)
+    if fp8:  # words of two numbers
+        k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
+    padded = max(32 if fp8 else 16, triton.next_power_of_2(width))
+    common = {"D": width, "WIDTH": padded, "WINDOW": sliding_window > 0}
     inputs = (q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, scale * math.log2(math.e), sliding_window)
     strides = (q.stride(0), q.stride(1), k_cache.stride(0), v_cache.stride(0), block_tables.stride(0))
     if min_query_len <= few:
-        tiling = decode_tiling(group, width, wide)
+        tiling = decode_tiling(group, width, wide, fp8)
         queries = min(few, triton.next_power_of_2(longest))
         splits = most_splits(kv_heads, sms or multiprocessors(q.device))
         least = -(-LEAST_SPLIT // tiling.keys) * tiling.keys
@@ -353,7 +412,7 @@ def paged_attention(
                 HEADS=heads, CHUNK=REDUCE_SPLITS, **cut, num_warps=2, num_stages=1, **FUSION,
             )  # fmt: skip
     if longest > few:
-        tiling = prefill_tiling(group, width, wide)
+        tiling = prefill_tiling(group, width, wide, fp8)
         tiles = rows // (tiling.rows // group) + sequences
         prefill_kernel[tiles, kv_heads](
             out, *inputs, sequences, *strides,
@@ -374,9 +433,10 @@ def _check(
 ) -> None:
     _, heads, width = q.shape
     _, kv_heads, block_size, cache_width = k_cache.shape
-    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{name} is {tensor.dtype}; paged attention takes float32, bfloat16 and float16")
+    if q.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"q is {q.dtype}; paged attention takes float32, bfloat16 and float16")
+    if k_cache.dtype not in CACHE_DTYPES:
+        raise ValueError(f"k_cache is {k_cache.dtype}; it must be float32, bfloat16, float16 or float8_e4m3fn")
     if k_cache.dtype is not v_cache.dtype or k_cache.shape != v_cache.shape:
         raise ValueError("k_cache and v_cache must have one shape and dtype")
     if block_size != BLOCK_SIZE or cache_width != width or width not in HEAD_DIMS:

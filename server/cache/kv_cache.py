@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorry.kernels.kv_store import empty_caches
+from lorry.kernels.kv_store import as_bits, empty_caches
 from lorry.kernels.transfer import to_device
 from lorry.server.cache.block_table import Copy
 from lorry.server.cache.blocks import BLOCK_SIZE, blocks_for
@@ -36,7 +36,8 @@ class KVCache:
     """keys[layer], values[layer]: [num_blocks, kv_heads, BLOCK_SIZE, head_dim] in `dtype`, zeroed.
 
     Zeroed, since kernels multiply what stands behind a sequence's last token in its block before they drop it: numbers
-    left in that memory may be subnormal, and a product with one takes a hundred times as long.
+    left in that memory may be subnormal, and products with these are slow. That is the likely, not a proved cause of a
+    test that took minutes without (docs/log.md).
     """
 
     def __init__(
@@ -63,5 +64,5 @@ class KVCache:
         if not copies:
             return
         sources, targets = to_device([np.array(copies).T.copy()], self.keys[0].device)[0]
-        for tensor in (*self.keys, *self.values):
+        for tensor in map(as_bits, (*self.keys, *self.values)):
             tensor.index_copy_(0, targets, tensor.index_select(0, sources))

@@ -8,13 +8,14 @@ import torch
 from lorry.server.cache.kv_cache import KVCache, block_bytes, choose_num_blocks
 
 
-def test_copies_happen_at_once() -> None:
-    kv = KVCache(layers=2, kv_heads=3, head_dim=5, num_blocks=7, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_copies_happen_at_once(dtype: torch.dtype) -> None:
+    kv = KVCache(layers=2, kv_heads=3, head_dim=5, num_blocks=7, dtype=dtype)
     for layer, tensor in enumerate((*kv.keys, *kv.values)):
-        tensor[:] = torch.arange(7)[:, None, None, None] + 10 * layer
+        tensor[:] = torch.arange(7)[:, None, None, None] * 2.0**layer
     kv.copy_blocks([(1, 2), (2, 3), (1, 5)])
     for layer, tensor in enumerate((*kv.keys, *kv.values)):
-        content = tensor[:, 2, 11, 4] - 10 * layer
+        content = tensor[:, 2, 11, 4].float() / 2**layer
         assert content.tolist() == [0, 1, 1, 2, 4, 1, 6]
 
 
@@ -22,6 +23,12 @@ def test_bytes() -> None:
     kv = KVCache(layers=3, kv_heads=5, head_dim=7, num_blocks=11, dtype=torch.bfloat16)
     assert kv.nbytes == 11 * block_bytes(3, 5, 7, torch.bfloat16)
     assert kv.keys[0].shape == (11, 5, 16, 7) and len(kv.values) == 3
+
+
+def test_e4m3_doubles_the_blocks() -> None:
+    halves, bytes = (block_bytes(3, 5, 64, dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn))
+    assert choose_num_blocks(bytes, 1 << 20, 0, 999, 999) == 2 * choose_num_blocks(halves, 1 << 20, 0, 999, 999) == 34
+    assert KVCache(3, 5, 64, 11, torch.float8_e4m3fn).nbytes == 11 * bytes
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from lorry.server.config import EngineConfig
+from lorry.server.engine.build import Types, describe
 from lorry.server.engine.local import Answer, LocalEngine
 from lorry.server.engine.messages import (
     Abort,
@@ -54,6 +56,17 @@ def tokens_of(answers: list[Answer]) -> list[list[int]]:
     for answer in answers:
         assert answer.error is None, answer.error
     return [answer.tokens() for answer in answers]
+
+
+def test_a_cache_in_e4m3_holds_four_times_the_tokens_of_float32(build: Any, generate: Any) -> None:
+    """And serves where blocks are shared and copied."""
+    wide, narrow = build(70), build(70, kv_dtype="fp8")
+    assert narrow.engine.runner.kv.num_blocks == 4 * wide.engine.runner.kv.num_blocks == 280
+    config = EngineConfig(kv_dtype="fp8")
+    assert describe(config, Types.choose(config), narrow.engine).kv_dtype == "float8_e4m3fn"
+    forks = [narrow.generate(generate("n", prompt(30), 40, n=3, temperature=1.0, seed=5))[0] for _ in range(2)]
+    assert len({tuple(forks[0].tokens(index)) for index in range(3)}) == 3
+    assert [forks[1].tokens(index) for index in range(3)] == [forks[0].tokens(index) for index in range(3)]
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorry.kernels.kv_store import empty_caches, kv_store, kv_store_reference
+from lorry.kernels.kv_store import CACHE_DTYPES, FP8, as_bits, empty_caches, kv_store, kv_store_reference
 from lorry.kernels.rms_norm import rms_norm, rms_norm_reference
 from lorry.kernels.rope import rope, rope_reference
 from lorry.kernels.silu_mul import silu_mul, silu_mul_reference
@@ -58,7 +58,7 @@ def test_rope_rotates_views_in_place(width: int, relative_rms: Measure) -> None:
         rope(q, k, positions.fill_(97), table)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("width", [36, 64])
 def test_kv_store_rounds_and_skips(dtype: torch.dtype, width: int) -> None:
     fused = torch.randn(19, 7 * width)
@@ -66,33 +66,34 @@ def test_kv_store_rounds_and_skips(dtype: torch.dtype, width: int) -> None:
     fused[0, width] = 1e-6  # below float16's normal range
     fused[1, width] = 7e4  # above its largest
     fused[2, width] = float("nan")
+    fused[3, width], fused[4, width] = float("-inf"), 460.0  # e4m3 ends at 448
     caches = [cache.fill_(7.0) for _ in range(2) for cache in empty_caches(5, 3, 16, width, dtype)]
     slots = torch.randperm(80)[:19]
     slots[5] = -1
     kv_store(k, v, caches[0], caches[1], slots)
     kv_store_reference(k, v, caches[2], caches[3], slots)
-    assert torch.equal(caches[0].nan_to_num(9.0), caches[2].nan_to_num(9.0))
-    assert torch.equal(caches[1], caches[3])
+    assert torch.equal(caches[0].float().nan_to_num(9.0), caches[2].float().nan_to_num(9.0))
+    assert torch.equal(as_bits(caches[1]), as_bits(caches[3]))
     with pytest.raises(IndexError, match=r"-1\.\.79"):
         kv_store(k, v, caches[0], caches[1], slots.fill_(80))
 
 
-def test_conversions_round_like_torch_on_every_bit_pattern() -> None:
-    """All 16-bit values widen exactly; values on, just above and just below every midpoint round as torch rounds."""
-    for dtype in (torch.bfloat16, torch.float16):
-        bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-        exact = bits.view(dtype).float()
-        nudged = [torch.nextafter(exact, torch.full_like(exact, side)) for side in (-9e9, 9e9)]
-        middle = (exact + exact.roll(-1)) / 2
-        values = torch.cat([exact, *nudged, middle, torch.nextafter(middle, torch.zeros_like(middle))])
-        values = values[~values.isnan()]
-        values = values[: values.numel() // 16 * 16].view(-1, 1, 16)
-        rows = values.shape[0]
-        caches = empty_caches(-(-rows // 16), 1, 16, 16, dtype)
-        kv_store(values, values, *caches, torch.arange(rows))
-        for cache in caches:
-            stored = cache.reshape(-1, 16)[:rows]
-            assert torch.equal(stored.view(torch.int16), values.view(-1, 16).to(dtype).view(torch.int16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP8])
+def test_conversions_round_like_torch_on_every_bit_pattern(dtype: torch.dtype) -> None:
+    """Values on, just above and just below every number and every midpoint round as torch rounds."""
+    kind = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+    exact = torch.arange(1 << 8 * dtype.itemsize, dtype=torch.int32).to(kind).view(dtype).float()
+    nudged = [torch.nextafter(exact, torch.full_like(exact, side)) for side in (-9e9, 9e9)]
+    middle = (exact + exact.roll(-1)) / 2
+    values = torch.cat([exact, *nudged, middle, torch.nextafter(middle, torch.zeros_like(middle))])
+    values = values[~values.isnan()]
+    values = values[: values.numel() // 16 * 16].view(-1, 1, 16)
+    rows = values.shape[0]
+    caches = empty_caches(-(-rows // 16), 1, 16, 16, dtype)
+    kv_store(values, values, *caches, torch.arange(rows))
+    expected = (values.clamp(-448, 448) if dtype is FP8 else values).view(-1, 16).to(dtype)
+    for cache in caches:
+        assert torch.equal(cache.view(kind).reshape(-1, 16)[:rows], expected.view(kind))
 
 
 @pytest.mark.parametrize(("rows", "half"), [(1, 1536), (9, 37), (33, 16)])

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorry.kernels.kv_store import empty_caches
+from lorry.kernels.kv_store import CACHE_DTYPES, FP8, empty_caches
 from lorry.kernels.paged_attention import paged_attention, paged_attention_reference
 
 Measure = Callable[[Tensor, Tensor], float]
 pytestmark = pytest.mark.usefixtures("kernels")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Q_LENS = (1, 5, 0, 1, 70, 1, 33, 1)
 KV_LENS = (1, 5, 3, 300, 70, 64, 700, 257)
 
@@ -40,10 +39,25 @@ def paged_batch(
 @pytest.mark.parametrize("window", [0, 1, 17, 100])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 80), (7, 1, 16), (50, 1, 128)])
 def test_equals_the_reference(heads: int, kv_heads: int, width: int, window: int, relative_rms: Measure) -> None:
-    dtype = DTYPES[(heads + window) % 3]
+    dtype = CACHE_DTYPES[(heads + window) % 4]
     batch = paged_batch(Q_LENS, KV_LENS, heads, kv_heads, width, dtype)
     expected = paged_attention_reference(*batch, width**-0.5, window)
     assert relative_rms(paged_attention(*batch, width**-0.5, window), expected) < 1e-6
+
+
+@pytest.mark.parametrize("q_len", [1, 9])
+def test_every_e4m3_number_is_read(q_len: int) -> None:
+    """Each of them is the value of a token that its row alone sees, NaN where no other row is computed with it."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    codes = (codes if q_len == 1 else codes.where(codes % 128 != 127, 0)).view(FP8)
+    k_cache, v_cache = empty_caches(16, 1, 16, 16, FP8)
+    v_cache.copy_(codes.view(16, 1, 16, 1).expand(-1, -1, -1, 16))
+    tables = torch.arange(16).int().expand(256 // q_len, -1).contiguous()
+    lengths = torch.arange(q_len, 257, q_len)[: 256 // q_len].int()
+    bounds = torch.arange(len(lengths) + 1).int() * q_len
+    out = paged_attention(torch.ones(len(lengths) * q_len, 1, 16), k_cache, v_cache, tables, bounds, lengths, 1.0, 1)
+    expected = codes.float()[: len(out)].view(-1, 1, 1).expand(-1, 1, 16)
+    assert torch.equal(out.nan_to_num(500.0), expected.nan_to_num(500.0))
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 63, 64, 65, 255, 256, 257])

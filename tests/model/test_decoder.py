@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorry.kernels import native
 from lorry.kernels.layers import Layers
 from lorry.server.cache.kv_cache import KVCache
 from lorry.server.model.inputs import ModelInputs
@@ -105,6 +106,23 @@ def test_bfloat16_logits(name: str, tools: Any, tmp_path: Path) -> None:
     assert_close(tools, actual, tools.reference_logits(wide, prompts()), 1e-4)
 
 
+@pytest.mark.parametrize("native_kernels", [True, False])
+def test_logits_with_a_cache_in_e4m3(
+    native_kernels: bool, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near those of a cache in float32, with the C kernels and without."""
+    model_type, shape = MODELS["llama"]
+    tools.tiny_model(model_type, torch.float32, **shape).save_pretrained(tmp_path)
+    decoder = load_model(str(tmp_path))
+    exact = tools.paged_logits(decoder, prompts(), chunks=CHUNKS)
+    if not native_kernels:
+        monkeypatch.setattr(native, "library", lambda: None)
+        decoder = load_model(str(tmp_path))
+    actual = tools.paged_logits(decoder, prompts(), chunks=CHUNKS, kv_dtype=torch.float8_e4m3fn)
+    error = max(tools.relative_rms(*pair) for pair in zip(actual, exact, strict=True))
+    assert 1e-3 < error < 6e-2
+
+
 def test_a_sequence_alone_equals_itself_in_a_batch(tools: Any, tmp_path: Path) -> None:
     """Token by token alone, or in chunks among others: equal but for the order of sums in the attention."""
     model_type, shape = MODELS["llama"]
@@ -116,9 +134,10 @@ def test_a_sequence_alone_equals_itself_in_a_batch(tools: Any, tmp_path: Path) -
         assert tools.relative_rms(alone, together) < 1e-6
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("name", [name for name, (_, shape) in MODELS.items() if shape["hidden_size"] == 192])
 def test_all_layers_in_one_call_give_the_bits_of_one_by_one(
-    name: str, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, kv_dtype: torch.dtype, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_type, shape = MODELS[name]
     tools.tiny_model(model_type, torch.float32, **shape).save_pretrained(tmp_path)
@@ -130,10 +149,10 @@ def test_all_layers_in_one_call_give_the_bits_of_one_by_one(
         return forward(self, hidden, *arguments)
 
     monkeypatch.setattr(Layers, "forward", counted)
-    together = tools.paged_logits(load_model(str(tmp_path)), prompts(), chunks=CHUNKS)
+    together = tools.paged_logits(load_model(str(tmp_path)), prompts(), chunks=CHUNKS, kv_dtype=kv_dtype)
     assert sum(calls) == sum(LENGTHS)
     monkeypatch.setattr(Layers, "serve", staticmethod(lambda *_: False))
-    one_by_one = tools.paged_logits(load_model(str(tmp_path)), prompts(), chunks=CHUNKS)
+    one_by_one = tools.paged_logits(load_model(str(tmp_path)), prompts(), chunks=CHUNKS, kv_dtype=kv_dtype)
     assert sum(calls) == sum(LENGTHS)
     assert all(map(torch.equal, together, one_by_one))
 

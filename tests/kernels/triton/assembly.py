@@ -35,6 +35,7 @@ DTYPES = {
     torch.float16: "fp16",
     torch.uint8: "u8",
     torch.int8: "i8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }

@@ -12,7 +12,7 @@ from lorry.kernels.triton.kv_store import qkv_finish
 HEADS, KV_HEADS, WIDTH, HIDDEN = 32, 8, 128, 4096
 
 
-def case(norm: bool = False, lora: bool = False) -> Callable[[], object]:
+def case(norm: bool = False, lora: bool = False, cache_dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
     def launch() -> object:
         rows, dtype = 32, torch.bfloat16
         norms = {name: torch.empty(WIDTH, dtype=dtype) for name in ("q_norm", "k_norm")} if norm else {}
@@ -20,7 +20,7 @@ def case(norm: bool = False, lora: bool = False) -> Callable[[], object]:
             torch.empty(rows, (HEADS + 2 * KV_HEADS) * WIDTH, dtype=dtype),
             torch.empty(rows, dtype=torch.int64),
             torch.empty(8192, WIDTH),
-            *torch.empty(2, 1024, KV_HEADS, 16, WIDTH, dtype=dtype),
+            *torch.empty(2, 1024, KV_HEADS, 16, WIDTH, dtype=cache_dtype),
             torch.empty(rows, dtype=torch.int64),
             **norms,
             lora=term(rows, dtype) if lora else None,
@@ -41,4 +41,5 @@ CASES: dict[str, Callable[[], object]] = {
     "qkv_finish": case(),
     "qkv_finish norm": case(norm=True),
     "qkv_finish lora": case(lora=True),
+    "qkv_finish fp8": case(cache_dtype=torch.float8_e4m3fn),
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorry.kernels.kv_store import empty_caches, kv_store_reference, qkv_finish_reference
+from lorry.kernels.kv_store import CACHE_DTYPES, FP8, as_bits, empty_caches, kv_store_reference, qkv_finish_reference
 from lorry.kernels.kv_store import qkv_finish as public
 from lorry.kernels.lora import (
     SITES,
@@ -157,18 +157,31 @@ def test_rope_alone(rows: int, width: int, device: str, relative_rms: Measure) -
     assert torch.equal(heads[:, 7:], rest)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (35, 96), (3, 256)])
+def test_qkv_finish_in_e4m3(rows: int, width: int, device: str) -> None:
+    """As in q's dtype, then rounded once more."""
+    dtype = torch.bfloat16
+    given = inputs(rows, 2, 1, width, dtype, device)
+    qkv, actual, wide = given.pop("qkv"), caches(1, width, FP8, device), caches(1, width, dtype, device)
+    q = gpu.qkv_finish(qkv.clone(), **given, k_cache=actual[0], v_cache=actual[1])
+    assert torch.equal(gpu.qkv_finish(qkv, **given, k_cache=wide[0], v_cache=wide[1]), q)
+    for one, other in zip(actual, wide, strict=True):
+        assert torch.equal(as_bits(one), as_bits(other.to(FP8)))
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_kv_store_alone(dtype: torch.dtype, device: str) -> None:
     given = inputs(19, 3, 3, 40, torch.float32, device)
     heads = given["qkv"].unflatten(1, (-1, 40))
     k, v, slots = heads[:, 3:6], heads[:, 6:], given["slot_mapping"]
     k[2, 0, 0], k[3, 0, 0], k[4, 0, 0] = 1e-6, 7e4, float("nan")
+    k[5, 0, 0], k[6, 0, 0] = float("-inf"), 460.0
     actual, expected = (caches(3, 40, dtype, device) for _ in range(2))
     kv_store_reference(k, v, *expected, slots)
     slots[slots == -1] = BLOCKS * 16  # outside as well
     gpu.kv_store(k, v, *actual, slots)
     for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one.nan_to_num(9.0), other.nan_to_num(9.0))
+        assert torch.equal(one.float().nan_to_num(9.0), other.float().nan_to_num(9.0))
 
 
 def test_no_rows_and_what_does_not_fit(device: str) -> None:
@@ -180,9 +193,9 @@ def test_no_rows_and_what_does_not_fit(device: str) -> None:
     assert (keys == 7).all()
     with pytest.raises(ValueError, match="its columns must be"):
         gpu.qkv_finish(qkv[:, :-8], **given, cos_sin=table, k_cache=keys, v_cache=values)
-    fp8 = keys.to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="float8"):
-        gpu.qkv_finish(qkv, **given, cos_sin=table, k_cache=fp8, v_cache=fp8)
+    e5m2 = keys.to(torch.float8_e5m2)
+    with pytest.raises(ValueError, match=r"float8_e4m3fn, not torch\.float8_e5m2"):
+        gpu.qkv_finish(qkv, **given, cos_sin=table, k_cache=e5m2, v_cache=e5m2)
     with pytest.raises(ValueError, match="given together"):
         gpu.qkv_finish(qkv, **given, cos_sin=table, k_cache=keys, v_cache=values, q_norm=table[0])
     with pytest.raises(ValueError, match="cos_sin must be float32"):
@@ -205,10 +218,11 @@ def test_the_public_function_on_a_cpu(norm: bool, relative_rms: Measure) -> None
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_assembly(architecture: int, assembled: Callable[..., list[Any]]) -> None:
     """A half of a head in one load of 16 bytes a thread; LoRA by tensor cores; no spills."""
-    for case in ("qkv_finish", "qkv_finish norm", "qkv_finish lora"):
+    for case in ("qkv_finish", "qkv_finish norm", "qkv_finish lora", "qkv_finish fp8"):
         (kernel,) = assembled(case, architecture)
         assert kernel.count("LDG.E.128") >= 2
         assert kernel.count("STG.E.128") >= 2
-        assert kernel.count("STG.E.U16") == 0
+        assert kernel.count("STG.E.U8") == kernel.count("STG.E.U16") == 0
+        assert (kernel.count("STG.E.64") >= 2) == ("fp8" in case)  # the same numbers in half the bytes
         assert kernel.spills == 0
         assert (kernel.count("HMMA.16816.F32.BF16") > 0) == ("lora" in case)

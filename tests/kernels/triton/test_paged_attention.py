@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels import paged_attention as public
+from lorry.kernels.kv_store import FP8
 from lorry.kernels.triton import paged_attention as gpu
 from lorry.kernels.triton.paged_attention import Tiling
 
@@ -25,11 +26,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, splits and chunks of splits within a few hundred tokens."""
     decode, prefill = gpu.decode_tiling, gpu.prefill_tiling
 
-    def small_decode(group: int, width: int, wide: bool) -> Tiling:
-        return Tiling(decode(group, width, wide).rows, KEYS, stages=2, warps=4)
+    def small_decode(group: int, width: int, wide: bool, fp8: bool) -> Tiling:
+        return Tiling(decode(group, width, wide, fp8).rows, KEYS, stages=2, warps=4)
 
-    def small_prefill(group: int, width: int, wide: bool) -> Tiling:
-        return Tiling(min(32 if group <= 8 else 128, prefill(group, width, wide).rows), KEYS, stages=2, warps=4)
+    def small_prefill(group: int, width: int, wide: bool, fp8: bool) -> Tiling:
+        return Tiling(min(32 if group <= 8 else 128, prefill(group, width, wide, fp8).rows), KEYS, stages=2, warps=4)
 
     monkeypatch.setattr(gpu, "LEAST_SPLIT", SPLIT)
     monkeypatch.setattr(gpu, "REDUCE_SPLITS", 2)
@@ -116,6 +117,29 @@ def test_mixed_dtypes(q: str, cache: str, device: str, relative_rms: Callable[..
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("window", [0, 41])
+@pytest.mark.parametrize("shape", HEADS.values(), ids=HEADS)
+def test_e4m3_caches(shape: tuple[int, int, int], window: int, device: str, relative_rms: Callable[..., float]) -> None:
+    dtype = (torch.float32, torch.float16, torch.bfloat16)[(shape[0] + shape[2] // 16 + window) % 3]
+    batch = paged(*MIXED, shape, device, dtype, FP8, window)
+    scale = shape[2] ** -0.5
+    compare(gpu.paged_attention(*batch, scale, window), batch, scale, window, relative_rms)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 160, 256])
+def test_e4m3_caches_of_wide_heads(
+    width: int, dtype: torch.dtype, device: str, relative_rms: Callable[..., float]
+) -> None:
+    batch = paged((1, 7, 1), (50, 20, 90), (2, 1, width), device, dtype, FP8)
+    compare(gpu.paged_attention(*batch, 0.06), batch, 0.06, 0, relative_rms)
+    # a row's bits do not depend on the others, as with other caches
+    alone = (batch[0][8:], *batch[1:3], batch[3][2:], torch.tensor([0, 1], device=device).int(), batch[5][2:])
+    assert torch.equal(gpu.paged_attention(*alone, 0.06), gpu.paged_attention(*batch, 0.06)[8:])
+
+
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("rows", "window"), [(1, 0), (1, 33), (4, 1), (6, 0), (6, 33)])
 def test_boundaries(rows: int, window: int, device: str, relative_rms: Callable[..., float]) -> None:
     """Lengths at the ends of blocks, tiles, splits and chunks of splits, 1 fewer and 1 more."""
@@ -183,9 +207,10 @@ def test_a_row_has_the_same_bits_in_every_batch(window: int, device: str) -> Non
 
 def test_what_does_not_fit_is_refused(device: str) -> None:
     q, k_cache, v_cache, *rest = paged((1,), (5,), (2, 1, 32), device)
-    fp8 = torch.zeros(k_cache.shape, device=device).to(torch.float8_e4m3fn)
+    e5m2 = torch.zeros(k_cache.shape, device=device).to(torch.float8_e5m2)
     for message, arguments in {
-        "k_cache is torch.float8_e4m3fn": (q, fp8, fp8, *rest),
+        "k_cache is torch.float8_e5m2": (q, e5m2, e5m2, *rest),
+        "q is torch.float8_e4m3fn": (q.to(FP8), k_cache, v_cache, *rest),
         "one shape and dtype": (q, k_cache, v_cache.half(), *rest),
         "a multiple of 16 to 256": (q[..., :24], k_cache[..., :24], v_cache[..., :24], *rest),
         "for each of the 1 key heads": (q.repeat(1, 40, 1), k_cache, v_cache, *rest),
@@ -227,3 +252,24 @@ def test_assembly(case: str, of_prefill: int, architecture: int, assembled: Call
     assert prefill.count("HGMMA" if architecture >= 90 else "HMMA.16816.F32.BF16", "loop") > 0
     assert reduction.count("LDG.E.128", "loop") > 0
     assert decode.spills == prefill.spills == reduction.spills == 0
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(
+    ("case", "of_decode", "of_prefill"), [("32/8x128", 16, 2), ("14/2x64 window", 8, 2), ("8/4x256", 16, 4)]
+)
+def test_assembly_of_e4m3(
+    case: str, of_decode: int, of_prefill: int, architecture: int, assembled: Callable[..., list[Any]]
+) -> None:
+    """As above in bytes; 16-bit products; two numbers at a time are unpacked, in decoding where they are multiplied."""
+    decode, _ = assembled(f"decode fp8 {case}", architecture)
+    (prefill,) = assembled(f"prefill fp8 {case}", architecture)
+    kind = "F16" if "x64" in case else "BF16"
+    for kernel, pieces in ((decode, of_decode), (prefill, of_prefill)):
+        assert kernel.count("LDGSTS.E.BYPASS.128", "loop") == pieces
+        unpacked = kernel.count("HFMA2", "loop") + kernel.count("HMUL2", "loop")
+        assert unpacked == pieces * 8
+        assert kernel.count("F2F", "loop") == kernel.count("LDS.U", "loop") == kernel.spills == 0
+    assert decode.count("HMMA.16816.F32" + (".BF16" if kind == "BF16" else ""), "loop") > 0
+    assert prefill.count("HGMMA" if architecture >= 90 else "HMMA.16816.F32", "loop") > 0
+    assert decode.count("STS.U", "loop") == 0
