@@ -1,7 +1,8 @@
 """Fixtures that several rooms share.
 
 Triton decides when it is first imported, which bitsandbytes does too, whether its kernels run in the interpreter; so
-that is settled here, before any test module is imported.
+that is settled here, before any test module is imported. So is how long OpenMP's threads spin, which torch's import
+settles: as in the engine's process, or beside another process the steps of a tiny model take five times their time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import torch
 
 if not torch.cuda.is_available():

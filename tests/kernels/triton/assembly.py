@@ -135,15 +135,20 @@ def _opcodes(sass: str) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def main(case_modules: list[str], output: str) -> None:
-    """Compile the CASES (name → function that launches) of the modules for every architecture; write JSON."""
+    """Compile the CASES (name → function that launches) of the modules for all ARCHITECTURES; write JSON.
+
+    A module's ONLY_FOR says which cases are for which architectures alone.
+    """
     import importlib
 
     sys.path.insert(0, str(Path(__file__).parent))
     results: dict[str, list[dict[str, Any]]] = {}
-    for module in case_modules:
-        cases: dict[str, Callable[[], object]] = importlib.import_module(module).CASES
+    for name_of_module in case_modules:
+        module = importlib.import_module(name_of_module)
+        cases: dict[str, Callable[[], object]] = module.CASES
+        only_for: dict[str, tuple[int, ...]] = getattr(module, "ONLY_FOR", {})
         for name, launch in cases.items():
-            for architecture in ARCHITECTURES:
+            for architecture in only_for.get(name, ARCHITECTURES):
                 with compiling(architecture) as kernels:
                     launch()
                 results.setdefault(f"{name}@{architecture}", []).extend(asdict(kernel) for kernel in kernels)

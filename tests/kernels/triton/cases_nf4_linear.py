@@ -69,3 +69,4 @@ CASES: dict[str, Callable[[], object]] = {
         )
     },
 }
+ONLY_FOR = {name: (90,) if name.endswith("lanes=2") else (80,) for name in CASES if "lanes" in name}
