@@ -45,7 +45,8 @@ class EngineConfig:
     """Bytes for the key and value cache; None: on a GPU what is left of its share, on a CPU three tenths of what is
     free."""
     adapter_memory: int | None = None
-    """Bytes for the adapters' rank pages; None: 2 GiB on a GPU, 256 MiB on a CPU."""
+    """Bytes for the adapters' rank pages; None: 2 GiB on a GPU, which takes as much host memory again, 256 MiB on a
+    CPU."""
     gpu_memory_fraction: float = 0.9
     """Share of the GPU's memory that weights, adapters, activations and the key and value cache take together."""
     adapters_dir: str | None = None
