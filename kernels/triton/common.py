@@ -12,7 +12,7 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, which knows no inline assembly and computes bfloat16 wrongly."""
 
 FUSION = {"enable_fp_fusion": True}
-"""Launch option of every kernel, since its default differs between Triton's versions."""
+"""Launch option, since its default differs between Triton's versions; kernels with the bits of a CPU say False."""
 
 DEFAULT_SMS = 132  # multiprocessors for which work is cut where there is no GPU
 
@@ -27,7 +27,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b; a [M, K], b [K, N], acc float32 [M, N]; float32 operands are not rounded to TF32."""
+    """acc + a @ b; a [..., M, K], b [..., K, N], acc float32 [..., M, N]; float32 operands are not rounded to TF32."""
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_gguf import SHAPE, Kinds, write_gguf
 
+from lorry.kernels import native
 from lorry.server.model import store
 from lorry.server.model.errors import ModelNotFound
 from lorry.server.model.load import load_model
@@ -20,8 +21,12 @@ from lorry.server.model.load import load_model
 
 @pytest.fixture
 def tiny(tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A .gguf file, and an empty cache."""
+    """A .gguf file, and a cache that is empty but for the compiled kernels."""
+    compiled = native.cache_folder() if native.library() is not None else None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if compiled is not None:
+        native.cache_folder().parent.mkdir(parents=True)
+        native.cache_folder().symlink_to(compiled)
     path = tmp_path / "tiny model.gguf"
     write_gguf(path, tools.tiny_model("llama", torch.float32, **SHAPE), "llama", Kinds.Q8_0)
     return path
