@@ -38,7 +38,8 @@ class EngineConfig:
     """Type of the activations; auto: bfloat16 on CUDA, on the CPU float32, rounded to 16-bit integers where they meet
     NF4 weights; float32, said by name, is not rounded."""
     kv_dtype: KVDtypeChoice = "auto"
-    """Type of the key and value cache; auto: bfloat16; fp8: e4m3, twice the tokens in the same memory, less exact."""
+    """Type of the key and value cache; auto: bfloat16; fp8: e4m3, twice the tokens in the same memory, far less
+    exact (docs/performance.md)."""
     adapter_dtype: DtypeChoice = "auto"
     """Type of the adapters' rank pages; auto: bfloat16."""
     kv_memory: int | None = None
