@@ -261,8 +261,8 @@ def test_assembly(case: str, of_prefill: int, architecture: int, assembled: Call
 def test_assembly_of_e4m3(
     case: str, of_decode: int, of_prefill: int, architecture: int, assembled: Callable[..., list[Any]]
 ) -> None:
-    """As above, the caches by 16 bytes; two numbers are unpacked at a time: every number once, but for the keys of small
-    tiles on sm_80, by each warp that multiplies them; nothing is read or written byte by byte."""
+    """As above, the caches by 16 bytes; two numbers are unpacked at a time: each once, but the keys of small tiles on
+    sm_80 by every warp that multiplies them; nothing is read or written byte by byte."""
     decode, _ = assembled(f"decode fp8 {case}", architecture)
     (prefill,) = assembled(f"prefill fp8 {case}", architecture)
     for kernel, pieces in ((decode, of_decode), (prefill, of_prefill)):
