@@ -18,15 +18,37 @@ from lorry.adapters.errors import MalformedAdapter
 from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.spec import AdapterSpec
 from lorry.adapters.tensor_file import is_finite
-from lorry.kernels.lora import PAGE_RANK, SITES
+from lorry.kernels.lora import PAGE_RANK, SITES, vector_elements
 
 
 @dataclass(frozen=True, eq=False)
 class CanonicalLinear:
-    """One adapted linear: pages [P, 16·(K+N)] in the pool's dtype and its scaling s."""
+    """One adapted linear: pages [P, 16·(K+N)] in the pool's dtype and its scaling s.
+
+    vectors: float32 [2, N], gain - 1 and shift of the outputs, or None.
+    """
 
     pages: Tensor
     scaling: float
+    vectors: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages.nbytes + self._vector_elements * self.pages.itemsize
+
+    def page(self, index: int) -> Tensor:
+        """What lies in the arena as this linear's page `index`, flat in the pool's dtype; behind the last: vectors."""
+        return self.pages[index] if index < self.pages.shape[0] else self._vector_page()
+
+    @property
+    def _vector_elements(self) -> int:
+        return 0 if self.vectors is None else vector_elements(self.vectors.shape[1], self.pages.dtype)
+
+    def _vector_page(self) -> Tensor:
+        assert self.vectors is not None
+        page = torch.zeros(self._vector_elements, dtype=self.pages.dtype)
+        page.view(torch.float32)[: self.vectors.numel()] = self.vectors.view(-1)
+        return page
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +63,7 @@ class CanonicalAdapter:
 
     @property
     def nbytes(self) -> int:
-        return sum(linear.pages.nbytes for linear in self.linears.values())
+        return sum(linear.nbytes for linear in self.linears.values())
 
     def with_linears(self, linears: Mapping[Linear, CanonicalLinear]) -> CanonicalAdapter:
         """The same adapter over other pages."""
