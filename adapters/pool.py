@@ -212,7 +212,9 @@ class PagePool:
             self._holders[offsets[linear][index]] = slot, linear, index
         scaling = {key: linear.scaling for key, linear in adapter.linears.items()}
         page_bound = max(map(len, offsets.values()), default=0)
-        self._slots[slot] = _Slot(adapter, offsets, vectors, scaling, demand, pages[::-1], page_bound, next(self._ticks))
+        self._slots[slot] = _Slot(
+            adapter, offsets, vectors, scaling, demand, pages[::-1], page_bound, next(self._ticks)
+        )
         self.uploads.take_over()
         return slot
 
