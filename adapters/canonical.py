@@ -1,8 +1,9 @@
-"""The one form that the pool and the kernels know: rank pages per adapted linear, the scale kept apart.
+"""The one form that the pool and the kernels know: rank pages per adapted linear, the scale kept apart, and vectors.
 
-    Δy = s · Σ_pages (x·Aᵀ)·B,   page = A [16, K] followed by B [16, N], B stored transposed, both rows contiguous
+    y = (1 + gain) ⊙ y0 + s · Σ_pages (x·Aᵀ)·B + shift
 
-Ranks beyond a multiple of 16 are zeros. Further PEFT methods become rank pages here.
+A page is A [16, K] followed by B [16, N], B stored transposed, both rows contiguous; ranks beyond a multiple of 16 are
+zeros. What PEFT's methods make of their tensors to become this, `methods.py` says.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorry.adapters.checkpoint import Pairs
+from lorry.adapters.base import BaseWeights
+from lorry.adapters.checkpoint import LinearTensors
 from lorry.adapters.errors import MalformedAdapter
 from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.methods import Update, update_of
 from lorry.adapters.spec import AdapterSpec
 from lorry.adapters.tensor_file import is_finite
 from lorry.kernels.lora import PAGE_RANK, SITES, vector_elements
@@ -95,21 +98,39 @@ def to_pages(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return pages
 
 
+def _fits(update: Update, own: LinearTensors, dtype: torch.dtype) -> bool:
+    """Whether the update holds the file's numbers, which are finite, and `dtype` holds them all."""
+    if update.a is not own.a or update.b is not own.b:
+        return False
+    return dtype == torch.float32 or all(each is None or each.dtype == dtype for each in (own.a, own.b))
+
+
 def canonicalise(
-    pairs: Pairs, spec: AdapterSpec, layout: ModelLayout, dtype: torch.dtype, revision: str
+    tensors: Mapping[Linear, LinearTensors],
+    spec: AdapterSpec,
+    layout: ModelLayout,
+    base: BaseWeights,
+    dtype: torch.dtype,
+    revision: str,
 ) -> CanonicalAdapter:
-    """The canonical form of checked pairs; raises MalformedAdapter for values that `dtype` cannot hold."""
-    linears = {}
-    for linear, (a, b) in pairs.items():
+    """The canonical form of checked tensors; raises MalformedAdapter for values that `dtype` cannot hold."""
+    linears, rank = {}, 0
+    for linear, own in tensors.items():
         path = layout.module_path(*linear)
-        pages = to_pages(a, b, dtype)
-        if dtype != torch.float32 and not a.dtype == b.dtype == dtype and not is_finite(pages):
+        update = update_of(linear, path, own, spec, base)
+        if update.a is None or update.b is None:
+            pages = torch.empty(0, layout.page_elements(linear[1]), dtype=dtype)
+        else:
+            pages = to_pages(update.a, update.b, dtype)
+            rank = max(rank, update.a.shape[0])
+        if not _fits(update, own, dtype) and not is_finite(pages):
             name = str(dtype).removeprefix("torch.")
             raise MalformedAdapter(f"{path} has values that are too large for the pool's {name}", path)
-        linears[linear] = CanonicalLinear(pages, spec.scaling_of(path))
+        if len(pages) or update.vectors is not None:
+            linears[linear] = CanonicalLinear(pages, update.scaling, update.vectors)
     return CanonicalAdapter(
         linears=linears,
-        rank=max(a.shape[0] for a, _ in pairs.values()),
+        rank=rank,
         target_modules=tuple(site for site in SITES if any(site == key[1] for key in linears)),
         methods=spec.methods,
         revision=revision,

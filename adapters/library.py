@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import AdapterError, RevisionMismatch
@@ -35,12 +36,12 @@ def mismatch(part: Part) -> RevisionMismatch | None:
 class Library:
     """Leases and loads; the entries are in `register`, the device's side in `residency`."""
 
-    def __init__(self, catalog: Catalog, pool: PagePool) -> None:
+    def __init__(self, catalog: Catalog, pool: PagePool, base: BaseWeights) -> None:
         self.pool = pool
         self.register = Register(catalog, pool)
         self.residency = Residency(pool, lambda version: self.register.touch(version.entry), self._lost)
         self.counters = Counters()
-        self._loader = Loader(pool.layout, pool.dtype)
+        self._loader = Loader(pool.layout, pool.dtype, base)
         self._to_load: dict[Version, None] = {}
         self._reading: dict[int, Version] = {}
         self._tokens = itertools.count()

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter, canonicalise
-from lorry.adapters.checkpoint import read_pairs
+from lorry.adapters.checkpoint import read_linears
 from lorry.adapters.errors import AdapterError, MalformedAdapter
 from lorry.adapters.files import Place, read_adapter
 from lorry.adapters.layout import ModelLayout
@@ -27,12 +28,12 @@ log = logging.getLogger(__name__)
 _NICENESS = 10  # of the loading thread: the forward pass keeps its cores
 
 
-def load_adapter(place: Place, layout: ModelLayout, dtype: torch.dtype) -> CanonicalAdapter:
+def load_adapter(place: Place, layout: ModelLayout, dtype: torch.dtype, base: BaseWeights) -> CanonicalAdapter:
     """Read and check one adapter folder; raises the AdapterError that says what is wrong with it."""
     files = read_adapter(place, layout.max_weight_bytes())
     spec = AdapterSpec.from_bytes(bytes(files.config))
-    pairs = read_pairs(parse_tensors(files.weights), spec, layout)
-    return canonicalise(pairs, spec, layout, dtype, files.revision)
+    linears = read_linears(parse_tensors(files.weights), spec, layout)
+    return canonicalise(linears, spec, layout, base, dtype, files.revision)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,9 @@ class Loaded:
 class Loader:
     """A queue of places to load and a queue of what came of them."""
 
-    def __init__(self, layout: ModelLayout, dtype: torch.dtype) -> None:
+    def __init__(self, layout: ModelLayout, dtype: torch.dtype, base: BaseWeights) -> None:
         self._layout = layout
+        self._base = base
         self._dtype = dtype
         self._jobs: queue.SimpleQueue[tuple[int, Place] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
@@ -89,7 +91,7 @@ class Loader:
 
     def _load(self, place: Place) -> tuple[CanonicalAdapter | None, AdapterError | None]:
         try:
-            return load_adapter(place, self._layout, self._dtype), None
+            return load_adapter(place, self._layout, self._dtype, self._base), None
         except AdapterError as error:
             return None, error
         except OSError as error:

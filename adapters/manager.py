@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lorry.adapters.base import BaseWeights
 from lorry.adapters.catalog import Catalog, is_valid_id
 from lorry.adapters.errors import AdapterExists, MalformedAdapter, UnknownAdapter
 from lorry.adapters.lease import AdapterReference, Lease, Part, Version
@@ -35,9 +36,9 @@ class _Task:
 class AdapterManager:
     """Catalog, loader and pool as one. `close` ends the loader's thread."""
 
-    def __init__(self, catalog: Catalog, pool: PagePool) -> None:
+    def __init__(self, catalog: Catalog, pool: PagePool, base: BaseWeights) -> None:
         self.pool = pool
-        self._library = Library(catalog, pool)
+        self._library = Library(catalog, pool, base)
         self._register = self._library.register
         self._tasks: list[_Task] = []
         self._replies: list[AdapterReply] = []

@@ -3,7 +3,7 @@
     s = α / r        (LoRA, arXiv:2106.09685)
     s = α / √r       (rsLoRA, arXiv:2312.03732)
 
-with r and α of the first matching pattern, else the config's own.
+with r and α of the first matching pattern, else the config's own. What the other methods compute, `methods.py` says.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
-from lorry.adapters.fields import refuse_unsupported
+from lorry.adapters.fields import FACTOR_INITS, refuse_unsupported
 from lorry.adapters.layout import MAX_RANK, Linear, ModelLayout
 from lorry.adapters.matching import Matcher
 from lorry.adapters.strict_json import parse_object
@@ -27,7 +27,10 @@ _FLOAT32_MAX = 3.4028234e38
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What a config says, checked. Patterns are in the file's order; `base` is only for messages."""
+    """What a config says, checked. Patterns are in the file's order; `base` is only for messages.
+
+    bias: "none", "all" or "lora_only". qalora_group_size: None without QA-LoRA. init: of `fields.FACTOR_INITS`, or "".
+    """
 
     rank: int
     alpha: float
@@ -39,6 +42,11 @@ class AdapterSpec:
     layers_to_transform: frozenset[int] | None = None
     layers_pattern: tuple[str, ...] = ()
     base: str = ""
+    use_dora: bool = False
+    bias: str = "none"
+    lora_bias: bool = False
+    qalora_group_size: int | None = None
+    init: str = ""
     _matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
 
     @classmethod
@@ -68,7 +76,7 @@ class AdapterSpec:
                 raise MalformedAdapter(f"{name} needs target_modules to be a list, it is a string", name)
         if layers_pattern and layers is None:
             raise MalformedAdapter("layers_pattern needs layers_to_transform", "layers_pattern")
-        base = config.get("base_model_name_or_path")
+        base, init = config.get("base_model_name_or_path"), config.get("init_lora_weights")
         return cls(
             rank=_rank(config["r"], "r"),
             alpha=_alpha(config.get("lora_alpha", 8), "lora_alpha"),
@@ -80,11 +88,31 @@ class AdapterSpec:
             layers_to_transform=layers or None,
             layers_pattern=layers_pattern,
             base=base[:200] if isinstance(base, str) else "",
-        )
+            use_dora=_bool(config.get("use_dora") or False, "use_dora"),
+            bias=_choice(config.get("bias", "none"), "bias", ("none", "all", "lora_only")),
+            lora_bias=_bool(config.get("lora_bias") or False, "lora_bias"),
+            qalora_group_size=_group_size(config),
+            init=init if isinstance(init, str) and init in FACTOR_INITS else "",
+        )._checked()
+
+    def _checked(self) -> AdapterSpec:
+        """Itself; raises UnsupportedField for methods that PEFT does not combine either."""
+        for other, name in ((self.lora_bias, "lora_bias"), (self.qalora_group_size is not None, "use_qalora")):
+            if self.use_dora and other:
+                raise UnsupportedField(f"{name} and use_dora do not go together", name)
+        return self
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return ("rslora",) if self.use_rslora else ("lora",)
+        used = {
+            "rslora" if self.use_rslora else "lora": True,
+            "dora": self.use_dora,
+            "bias": self.bias != "none",
+            "lora_bias": self.lora_bias,
+            "qalora": self.qalora_group_size is not None,
+            self.init: bool(self.init),
+        }
+        return tuple(name for name, is_used in used.items() if is_used)
 
     def rank_of(self, path: str) -> int:
         """r of the module at `path`."""
@@ -136,6 +164,22 @@ def _wrong(name: str, value: object, expected: str, error: type[AdapterError] = 
 def _bool(value: object, name: str) -> bool:
     if not isinstance(value, bool):
         raise _wrong(name, value, "true or false")
+    return value
+
+
+def _choice(value: object, name: str, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise _wrong(name, value, " or ".join(map(repr, choices)))
+    return value
+
+
+def _group_size(config: Mapping[str, object]) -> int | None:
+    """QA-LoRA's; 16 is PEFT's default."""
+    if not _bool(config.get("use_qalora") or False, "use_qalora"):
+        return None
+    value = config.get("qalora_group_size", 16)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong("qalora_group_size", value, "a whole number from 1")
     return value
 
 

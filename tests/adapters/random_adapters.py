@@ -35,6 +35,16 @@ def adapter(
     return CanonicalAdapter(linears, max(ranks.values()), sites, ("lora",), f"{seed:064x}")
 
 
+class NoBase:
+    """Weights that no method of the test asks for."""
+
+    def weight(self, linear: Linear) -> Tensor:
+        raise AssertionError(f"the weight of {linear} is read")
+
+    def bias(self, linear: Linear) -> Tensor | None:
+        raise AssertionError(f"the bias of {linear} is read")
+
+
 def assert_tables(offsets: Tensor, scaling: Tensor, expected: CanonicalAdapter) -> list[tuple[int, Tensor]]:
     """A slot's tables are those of `expected`; where they lead, with what must be there."""
     pages = []

@@ -118,15 +118,15 @@ def test_folders_are_noticed_later(drive: Any, write_adapter: Any, tmp_path: Pat
 
 
 def test_a_failed_load_fails_those_that_wait_and_is_tried_again(drive: Any, write_adapter: Any, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "a", use_dora=True)
+    write_adapter(tmp_path / "a", use_bdlora=True)
     write_adapter(tmp_path / "b")
     driver = drive()
     waiting = [driver.request("a"), driver.request("b", "a")]
     for lease in waiting:
-        with pytest.raises(UnsupportedField, match="use_dora"):
+        with pytest.raises(UnsupportedField, match="use_bdlora"):
             driver.until(lambda lease=lease: driver.manager.ready(lease))
     info = driver.manager.get("a")
-    assert info.state is State.FAILED and "use_dora" in info.error and info.in_flight == 0
+    assert info.state is State.FAILED and "use_bdlora" in info.error and info.in_flight == 0
     assert driver.manager.take_counters().loads["failure"] == 1
     driver.end(*waiting)
     content = write_adapter(tmp_path / "a", seed=7)
@@ -241,7 +241,7 @@ def test_load_registers_and_answers_when_resident(drive: Any, write_adapter: Any
 
 
 def test_load_refuses_ids_paths_and_contents(drive: Any, write_adapter: Any, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "bad", bias="all")
+    write_adapter(tmp_path / "bad", use_bdlora=True)
     write_adapter(tmp_path / "good")
     driver = drive()
     manager = driver.manager
