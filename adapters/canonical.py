@@ -31,13 +31,17 @@ class CanonicalLinear:
 
 @dataclass(frozen=True, eq=False)
 class CanonicalAdapter:
-    """One revision of an adapter in host memory. rank: the largest; methods: what it is made of, such as "rslora"."""
+    """One revision of an adapter in host memory. rank: the largest; methods: what it is made of, such as "rslora".
+
+    invocation_tokens: of an activated LoRA, which acts from the last of these in a prompt on; else empty.
+    """
 
     linears: Mapping[Linear, CanonicalLinear]
     rank: int
     target_modules: tuple[str, ...]
     methods: tuple[str, ...]
     revision: str
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -91,4 +95,5 @@ def canonicalise(
         target_modules=tuple(site for site in SITES if any(site == key[1] for key in linears)),
         methods=spec.methods,
         revision=revision,
+        invocation_tokens=spec.invocation_tokens,
     )

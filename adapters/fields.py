@@ -20,6 +20,7 @@ SERVED = frozenset(
         "exclude_modules",
         "layers_to_transform",
         "layers_pattern",
+        "alora_invocation_tokens",
     }
 )
 
@@ -58,7 +59,6 @@ ACCEPTED: dict[str, tuple[tuple[object, ...], str]] = {
     "trainable_token_indices": (_EMPTY, "null"),
     "target_parameters": (_EMPTY, "null"),
     "layer_replication": (_EMPTY, "null"),
-    "alora_invocation_tokens": (_NONE, "null"),
     "megatron_config": (_NONE, "null"),
     "velora_config": (_NONE, "null"),
     "monteclora_config": (_NONE, "null"),
@@ -67,6 +67,16 @@ ACCEPTED: dict[str, tuple[tuple[object, ...], str]] = {
     "use_bdlora": (_OFF, "null"),
 }
 """Field → the values that change nothing, and how to say them."""
+
+WITH_ALORA: dict[str, tuple[tuple[object, ...], str]] = {
+    "bias": (("none",), '"none"'),
+    "use_dora": (_OFF, "false"),
+    "use_qalora": (_OFF, "false"),
+    "modules_to_save": (_EMPTY, "null"),
+    "trainable_token_indices": (_EMPTY, "null"),
+}
+"""Field → what it must be beside alora_invocation_tokens: others would change the tokens before these, or PEFT has no
+such form."""
 
 HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base weights alone; the others train on a base that they have changed."""
@@ -85,6 +95,13 @@ def refuse_unsupported(config: Mapping[str, object]) -> None:
                 raise _unsupported(name, value, f"true, false, {', '.join(map(repr, HARMLESS_INITS))}")
         elif name not in SERVED and name not in WITHOUT_EFFECT and not _is_one_of(value, (None, False, "", [], {})):
             raise _unsupported(name, value, "null, since this server does not know the field")
+
+
+def refuse_beside_alora(config: Mapping[str, object]) -> None:
+    """Raise UnsupportedField for the first field that an activated LoRA cannot have."""
+    for name, (values, spelled) in WITH_ALORA.items():
+        if name in config and not _is_one_of(config[name], values):
+            raise _unsupported(name, config[name], f"{spelled} beside alora_invocation_tokens")
 
 
 def _is_one_of(value: object, accepted: tuple[object, ...]) -> bool:

@@ -3,7 +3,8 @@
     s = α / r        (LoRA, arXiv:2106.09685)
     s = α / √r       (rsLoRA, arXiv:2312.03732)
 
-with r and α of the first matching pattern, else the config's own.
+with r and α of the first matching pattern, else the config's own. An activated LoRA (aLoRA, arXiv:2504.12397) acts
+from its invocation tokens on.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
-from lorry.adapters.fields import refuse_unsupported
+from lorry.adapters.fields import refuse_beside_alora, refuse_unsupported
 from lorry.adapters.layout import MAX_RANK, Linear, ModelLayout
 from lorry.adapters.matching import Matcher
 from lorry.adapters.strict_json import parse_object
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_INVOCATION_TOKENS = 1024
 
 _UNSERVED_MODULES = ("lm_head", "model.embed_tokens")  # those beside the linears that PEFT could adapt
 _FLOAT32_MAX = 3.4028234e38
@@ -39,6 +41,7 @@ class AdapterSpec:
     layers_to_transform: frozenset[int] | None = None
     layers_pattern: tuple[str, ...] = ()
     base: str = ""
+    invocation_tokens: tuple[int, ...] = ()
     _matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
 
     @classmethod
@@ -68,6 +71,9 @@ class AdapterSpec:
                 raise MalformedAdapter(f"{name} needs target_modules to be a list, it is a string", name)
         if layers_pattern and layers is None:
             raise MalformedAdapter("layers_pattern needs layers_to_transform", "layers_pattern")
+        invocation_tokens = _invocation_tokens(config.get("alora_invocation_tokens"))
+        if invocation_tokens:
+            refuse_beside_alora(config)
         base = config.get("base_model_name_or_path")
         return cls(
             rank=_rank(config["r"], "r"),
@@ -80,11 +86,13 @@ class AdapterSpec:
             layers_to_transform=layers or None,
             layers_pattern=layers_pattern,
             base=base[:200] if isinstance(base, str) else "",
+            invocation_tokens=invocation_tokens,
         )
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return ("rslora",) if self.use_rslora else ("lora",)
+        scaled = "rslora" if self.use_rslora else "lora"
+        return (scaled, "alora") if self.invocation_tokens else (scaled,)
 
     def rank_of(self, path: str) -> int:
         """r of the module at `path`."""
@@ -185,3 +193,16 @@ def _layers(value: object) -> frozenset[int] | None:
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
         raise _wrong("layers_to_transform", value, "a whole number or a list of them")
     return frozenset(values)
+
+
+def _invocation_tokens(value: object) -> tuple[int, ...]:
+    name = "alora_invocation_tokens"
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not value or not all(type(item) is int and item >= 0 for item in value):
+        raise _wrong(name, value, "a list of token ids")
+    if len(value) > MAX_INVOCATION_TOKENS:
+        raise UnsupportedField(
+            f"{name} has {len(value)} token ids, this server takes at most {MAX_INVOCATION_TOKENS}", name
+        )
+    return tuple(value)
