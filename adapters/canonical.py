@@ -56,13 +56,19 @@ class CanonicalLinear:
 
 @dataclass(frozen=True, eq=False)
 class CanonicalAdapter:
-    """One revision of an adapter in host memory. rank: the largest; methods: what it is made of, such as "rslora"."""
+    """One revision of an adapter in host memory. rank: the largest; methods: what it is made of, such as "rslora".
+
+    additive: it is a sum that has a multiple: no gain, and no bias in place of the base's.
+    invocation_tokens: of an activated LoRA, which acts from the last of these in a prompt on; else empty.
+    """
 
     linears: Mapping[Linear, CanonicalLinear]
     rank: int
     target_modules: tuple[str, ...]
     methods: tuple[str, ...]
     revision: str
+    additive: bool = True
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -114,10 +120,11 @@ def canonicalise(
     revision: str,
 ) -> CanonicalAdapter:
     """The canonical form of checked tensors; raises MalformedAdapter for values that `dtype` cannot hold."""
-    linears, rank = {}, 0
+    linears, rank, additive = {}, 0, True
     for linear, own in tensors.items():
         path = layout.module_path(*linear)
         update = update_of(linear, path, own, spec, base)
+        additive &= update.gain is None and own.bias is None
         if update.a is None or update.b is None:
             pages = torch.empty(0, layout.page_elements(linear[1]), dtype=dtype)
         else:
@@ -134,4 +141,6 @@ def canonicalise(
         target_modules=tuple(site for site in SITES if any(site == key[1] for key in linears)),
         methods=spec.methods,
         revision=revision,
+        additive=additive,
+        invocation_tokens=spec.invocation_tokens,
     )

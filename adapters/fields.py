@@ -25,6 +25,7 @@ SERVED = frozenset(
         "lora_bias",
         "use_qalora",
         "qalora_group_size",
+        "alora_invocation_tokens",
     }
 )
 
@@ -58,7 +59,6 @@ ACCEPTED: dict[str, tuple[tuple[object, ...], str]] = {
     "trainable_token_indices": (_EMPTY, "null"),
     "target_parameters": (_EMPTY, "null"),
     "layer_replication": (_EMPTY, "null"),
-    "alora_invocation_tokens": (_NONE, "null"),
     "megatron_config": (_NONE, "null"),
     "velora_config": (_NONE, "null"),
     "monteclora_config": (_NONE, "null"),
@@ -67,6 +67,16 @@ ACCEPTED: dict[str, tuple[tuple[object, ...], str]] = {
     "use_bdlora": (_OFF, "null"),
 }
 """Field → the values that change nothing, and how to say them."""
+
+WITH_ALORA: dict[str, tuple[tuple[object, ...], str]] = {
+    "bias": (("none",), '"none"'),
+    "use_dora": (_OFF, "false"),
+    "use_qalora": (_OFF, "false"),
+    "modules_to_save": (_EMPTY, "null"),
+    "trainable_token_indices": (_EMPTY, "null"),
+}
+"""Field → what it must be beside alora_invocation_tokens: others would change the tokens before these, or PEFT has no
+such form."""
 
 HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base weights alone; the others train on a base that they have changed."""
@@ -103,6 +113,13 @@ def _check_init(value: object, loftq: object) -> None:
         f"true, false, {names} and 'loftq' of one iteration; others train on a base that cannot be found again: let"
         " PEFT save them with path_initial_model_for_weight_conversion",
     )
+
+
+def refuse_beside_alora(config: Mapping[str, object]) -> None:
+    """Raise UnsupportedField for the first field that an activated LoRA cannot have."""
+    for name, (values, spelled) in WITH_ALORA.items():
+        if name in config and not _is_one_of(config[name], values):
+            raise _unsupported(name, config[name], f"{spelled} beside alora_invocation_tokens")
 
 
 def _is_one_of(value: object, accepted: tuple[object, ...]) -> bool:

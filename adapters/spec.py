@@ -3,7 +3,8 @@
     s = α / r        (LoRA, arXiv:2106.09685)
     s = α / √r       (rsLoRA, arXiv:2312.03732)
 
-with r and α of the first matching pattern, else the config's own. What the other methods compute, `methods.py` says.
+with r and α of the first matching pattern, else the config's own. What the other methods compute, `methods.py` says;
+an activated LoRA (aLoRA, arXiv:2504.12397) acts from its invocation tokens on.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
-from lorry.adapters.fields import FACTOR_INITS, refuse_unsupported
+from lorry.adapters.fields import FACTOR_INITS, refuse_beside_alora, refuse_unsupported
 from lorry.adapters.layout import MAX_RANK, Linear, ModelLayout
 from lorry.adapters.matching import Matcher
 from lorry.adapters.strict_json import parse_object
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_INVOCATION_TOKENS = 1024
 
 _UNSERVED_MODULES = ("lm_head", "model.embed_tokens")  # those beside the linears that PEFT could adapt
 _FLOAT32_MAX = 3.4028234e38
@@ -47,6 +49,7 @@ class AdapterSpec:
     lora_bias: bool = False
     qalora_group_size: int | None = None
     init: str = ""
+    invocation_tokens: tuple[int, ...] = ()
     _matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
 
     @classmethod
@@ -76,6 +79,9 @@ class AdapterSpec:
                 raise MalformedAdapter(f"{name} needs target_modules to be a list, it is a string", name)
         if layers_pattern and layers is None:
             raise MalformedAdapter("layers_pattern needs layers_to_transform", "layers_pattern")
+        invocation_tokens = _invocation_tokens(config.get("alora_invocation_tokens"))
+        if invocation_tokens:
+            refuse_beside_alora(config)
         base, init = config.get("base_model_name_or_path"), config.get("init_lora_weights")
         return cls(
             rank=_rank(config["r"], "r"),
@@ -93,6 +99,7 @@ class AdapterSpec:
             lora_bias=_bool(config.get("lora_bias") or False, "lora_bias"),
             qalora_group_size=_group_size(config),
             init=init if isinstance(init, str) and init in FACTOR_INITS else "",
+            invocation_tokens=invocation_tokens,
         )._checked()
 
     def _checked(self) -> AdapterSpec:
@@ -100,6 +107,10 @@ class AdapterSpec:
         for other, name in ((self.lora_bias, "lora_bias"), (self.qalora_group_size is not None, "use_qalora")):
             if self.use_dora and other:
                 raise UnsupportedField(f"{name} and use_dora do not go together", name)
+        if self.invocation_tokens and self.init:  # what it subtracts would act on the tokens before as well
+            raise UnsupportedField(
+                f"init_lora_weights {self.init!r} and alora_invocation_tokens do not go together", "init_lora_weights"
+            )
         return self
 
     @property
@@ -111,6 +122,7 @@ class AdapterSpec:
             "lora_bias": self.lora_bias,
             "qalora": self.qalora_group_size is not None,
             self.init: bool(self.init),
+            "alora": bool(self.invocation_tokens),
         }
         return tuple(name for name, is_used in used.items() if is_used)
 
@@ -229,3 +241,16 @@ def _layers(value: object) -> frozenset[int] | None:
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
         raise _wrong("layers_to_transform", value, "a whole number or a list of them")
     return frozenset(values)
+
+
+def _invocation_tokens(value: object) -> tuple[int, ...]:
+    name = "alora_invocation_tokens"
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not value or not all(type(item) is int and item >= 0 for item in value):
+        raise _wrong(name, value, "a list of token ids")
+    if len(value) > MAX_INVOCATION_TOKENS:
+        raise UnsupportedField(
+            f"{name} has {len(value)} token ids, this server takes at most {MAX_INVOCATION_TOKENS}", name
+        )
+    return tuple(value)

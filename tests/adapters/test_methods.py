@@ -19,8 +19,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.checkpoint import LinearTensors
-from lorry.adapters.errors import MalformedAdapter, UnsupportedField, WrongBase
+from lorry.adapters.errors import MalformedAdapter, MixRefused, UnsupportedField, WrongBase
+from lorry.adapters.files import Place
 from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.lease import Entry, Part
+from lorry.adapters.library import unfit
 from lorry.adapters.loader import load_adapter
 from lorry.adapters.methods import update_of
 from lorry.adapters.pool import PagePool
@@ -306,6 +309,23 @@ def test_biases_that_peft_did_not_write_stay_the_bases(
     file = tmp_path / "a" / "adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if "bias" not in name}, file)
     assert all(linear.vectors is None for linear in read(tmp_path / "a", layout, NoBase()).linears.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "additive"), [("dora", False), ("bias-all", False), ("lora-bias", True), ("pissa", True)]
+)
+def test_what_has_no_multiple_is_served_alone(
+    qwen: Qwen2ForCausalLM, layout: ModelLayout, tmp_path: Path, name: str, additive: bool
+) -> None:
+    write(qwen, tmp_path / "a", **CONFIGS[name])
+    version = Entry.at("a", Place(tmp_path / "a", (tmp_path,))).current
+    version.describe(read(tmp_path / "a", layout, Base(qwen)))
+    other = Entry.at("b", Place(tmp_path / "b", (tmp_path,))).current
+    whole, part, more = Part(version, 1.0, None), Part(version, 0.5, None), Part(other, 1.0, None)
+    assert unfit(whole, [whole]) is None
+    for refused, parts in ((part, [part]), (whole, [whole, more])):
+        error = unfit(refused, parts)
+        assert error is None if additive else isinstance(error, MixRefused) and error.field == "adapters"
 
 
 def test_twice_the_rank_must_be_served(qwen: Qwen2ForCausalLM, layout: ModelLayout) -> None:

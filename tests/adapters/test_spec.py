@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from lorry.adapters import matching
 from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
-from lorry.adapters.fields import ACCEPTED, SERVED, WITHOUT_EFFECT
+from lorry.adapters.fields import ACCEPTED, SERVED, WITH_ALORA, WITHOUT_EFFECT, refuse_beside_alora
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.spec import AdapterSpec
 
@@ -32,7 +32,7 @@ UNSUPPORTED = {
     "modules_to_save": [["lm_head"]],
     "trainable_token_indices": [[1, 2], {"embed_tokens": [3]}],
     "target_parameters": [["mlp.experts.gate_up_proj"]],
-    "alora_invocation_tokens": [[1, 2], []],
+    "alora_invocation_tokens": [[7] * 1025],
     "megatron_config": [{"a": 1}],
     "layer_replication": [[[0, 2], [1, 3]]],
     "init_lora_weights": ["pissa_niter_16", "corda", "lora_ga", "PiSSA", "LoftQ", 1],
@@ -67,6 +67,7 @@ MALFORMED = {
     "exclude_modules": [5, [None], "[", "(?P<a"],
     "layers_to_transform": ["1", [1.5], [True], {"a": 1}],
     "layers_pattern": [5, "layers"],
+    "alora_invocation_tokens": [[], 5, "5", [1, 1.0], [True], [3, -1], [None], {"a": 1}],
 }
 
 
@@ -109,6 +110,32 @@ def test_methods_are_named() -> None:
     assert spec(lora_bias=True, init_lora_weights="pissa").methods == ("lora", "lora_bias", "pissa")
     assert spec(use_qalora=True, qalora_group_size=4).methods == ("lora", "qalora")
     assert spec(use_dora=None, lora_bias=None, fan_in_fan_out=True, qalora_group_size=16).methods == ("lora",)
+
+
+BESIDE_ALORA = {
+    "bias": ["all", "lora_only"],
+    "use_dora": [True],
+    "use_qalora": [True],
+    "modules_to_save": [["lm_head"]],
+    "trainable_token_indices": [[3]],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BESIDE_ALORA.items() for v in values], ids=str)
+def test_what_changes_other_tokens_is_refused_beside_invocation_tokens(name: str, value: object) -> None:
+    with pytest.raises(UnsupportedField, match=name) as refused:
+        refuse_beside_alora({**BASE, name: value})
+    assert refused.value.field == name
+    with pytest.raises(UnsupportedField, match=name):
+        spec(alora_invocation_tokens=[1], **{name: value})
+
+
+def test_invocation_tokens() -> None:
+    assert BESIDE_ALORA.keys() == WITH_ALORA.keys()
+    read = spec(alora_invocation_tokens=[5, 0, 10**12], bias="none", use_dora=False)
+    assert (read.invocation_tokens, read.methods) == ((5, 0, 10**12), ("lora", "alora"))
+    assert spec(alora_invocation_tokens=[5], use_rslora=True).methods == ("rslora", "alora")
+    assert spec(alora_invocation_tokens=None) == spec() and spec().methods == ("lora",)
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica", "Gaussian"])
