@@ -2,6 +2,7 @@
 
     shrink   partial[split, row, site, 16 p + r] = sum_{k of the split} x[row, k] * A_p[r, k]
     expand   y[row, site] += sum_p (scale_p * sum_split partial[split, row, site, 16 p :]) @ B_p
+             y[row, site] += gain * y0[row, site] + shift     of the few adapters that have these, y0 the base's product
 
 p runs over the pages of all adapters of a row's combo: `fill_routes` resolves slots, weights and pages into one list
 for each segment and linear, once for all layers of a step, so that a kernel finds its page and the scale with one
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from lorry.kernels.lora import PAGE_RANK, AdapterPages, LoraTerm, Routes, Segments, Site, make_routes, shrink_splits
 from lorry.kernels.triton.common import FUSION, dot, rounded
-from lorry.kernels.triton.lora_routes import fill_routes, page_list
+from lorry.kernels.triton.lora_routes import VECTORS, fill_routes, page_list
 
 RANK = tl.constexpr(PAGE_RANK)
 WARPS, STAGES = 4, 3  # of the stand-alone shrink
@@ -63,7 +64,7 @@ def shrink_tile(
     if (count > 0) & (segment >= 0):
         listed = page_offsets + page_list(segment, linear + site, LINEARS, pages)
         offset = tl.load(listed + 1 + page)
-        if page < tl.load(listed):
+        if page < tl.load(listed).to(tl.int32):
             ranks, local = tl.arange(0, RANK), tl.arange(0, TILE_ROWS)
             if TILE_ROWS == 16:
                 k = tl.arange(0, SLICES)[:, None, None] * (STEP // SLICES) + tl.arange(0, STEP // SLICES)[None, None, :]
@@ -92,6 +93,27 @@ def shrink_tile(
                 total = tl.sum(total, axis=0)
             place = (split.to(tl.int64) * capacity + start + local) * (SITES * pages) + site * pages + page
             tl.store(partial + place[:, None] * RANK + ranks[None, :], total, mask=(local < count)[:, None])
+
+
+@triton.jit
+def output_vectors(
+    columns, column_mask, segment, site, size,
+    arena, page_offsets, page_scales, linear, pages, LINEARS: tl.constexpr,
+):  # fmt: skip
+    """gain and shift, float32 [C] each, of all vector pages of a segment's combo: y0 becomes y0 + gain y0 + shift.
+
+    columns: [C] of the site; size: its N. Both are zeros for a segment below 0.
+    """
+    at = page_list(segment, linear + site, LINEARS, pages)
+    count = (tl.load(page_offsets + at, mask=segment >= 0, other=0) >> 32).to(tl.int32)
+    gain, shift = columns * 0.0, columns * 0.0
+    for index in tl.range(0, count, num_stages=1):
+        entry = at + pages - index
+        vectors = (arena + (tl.load(page_offsets + entry) - VECTORS)).to(tl.pointer_type(tl.float32))
+        weight = tl.load(page_scales + entry)
+        gain += weight * tl.load(vectors + columns, mask=column_mask, other=0.0)
+        shift += weight * tl.load(vectors + size + columns, mask=column_mask, other=0.0)
+    return gain, shift
 
 
 @triton.jit
@@ -253,6 +275,10 @@ def lora_expand_kernel(
         place = y + start.to(tl.int64) * stride_y + first_column + local[:, None] * stride_y + columns[None, :]
         mask = row_mask[:, None] & column_mask[None, :]
         base = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        gain, shift = output_vectors(
+            columns, column_mask, segment, site, size, arena, page_offsets, page_scales, linear, pages, LINEARS
+        )
+        acc += gain[None, :] * base + shift[None, :]
         tl.store(place, rounded(base + acc, y.dtype.element_ty), mask=mask)
 
 
