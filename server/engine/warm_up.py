@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -86,8 +87,9 @@ def inputs_of(shape: Shape, table_blocks: int, device: torch.device) -> ModelInp
     assert max(shape.lengths) <= table_blocks * BLOCK_SIZE
     segments = None
     if shape.adapters:
-        bounds = torch.cat([starts, starts[:-1] + lengths.int() // 2]).unique() if shape.cut else starts.clone()
-        combos = (bounds.shape[0] - 1, shape.adapters)
+        parts = _halves(shape.lengths) if shape.cut else shape.lengths
+        bounds = torch.tensor([0, *accumulate(parts)], dtype=torch.int32, device=device)
+        combos = (len(parts), shape.adapters)
         slots = torch.full(combos, -1, dtype=torch.int32, device=device)
         segments = Segments(bounds, slots, torch.zeros(combos, device=device), shape.pages)
     return ModelInputs(
@@ -119,3 +121,8 @@ def _shared(rows: int, sequences: int) -> tuple[int, ...]:
     """`rows` over so many sequences, as even as can be."""
     each, more = divmod(rows, sequences)
     return (each + 1,) * more + (each,) * (sequences - more)
+
+
+def _halves(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Each length in two, as far as can be."""
+    return tuple(part for length in lengths for part in (length // 2, length - length // 2) if part)
