@@ -44,6 +44,7 @@ RANK = tl.constexpr(PAGE_RANK)
 WARPS, STAGES = 4, 3  # of the stand-alone shrink
 SLICES = tl.constexpr(4)  # of K, summed side by side where tiles have 16 rows; as many in kernels of more warps
 EXPAND_COLUMNS = 128
+VECTOR_COLUMNS = tl.constexpr(32)
 
 
 @triton.jit
@@ -100,9 +101,10 @@ def output_vectors(
     columns, column_mask, segment, site, size,
     arena, page_offsets, page_scales, linear, pages, LINEARS: tl.constexpr,
 ):  # fmt: skip
-    """gain and shift, float32 [C] each, of all vector pages of a segment's combo: y0 becomes y0 + gain y0 + shift.
+    """gain and shift of all vector pages of a segment's combo, weighted: y0 becomes y0 + gain y0 + shift.
 
-    columns: [C] of the site; size: its N. Both are zeros for a segment below 0.
+    columns: of the site, best in the shape in which they are wanted, such as [1, C]; size: N of the site. Both are
+    zeros for a segment below 0.
     """
     at = page_list(segment, linear + site, LINEARS, pages)
     count = (tl.load(page_offsets + at, mask=segment >= 0, other=0) >> 32).to(tl.int32)
@@ -266,19 +268,26 @@ def lora_expand_kernel(
         columns = block * COLUMNS + tl.arange(0, COLUMNS)
         local = tl.arange(0, TILE_ROWS)
         row_mask, column_mask = local < count, columns < size
+        first_column = tl.multiple_of(_site(site, start_0, start_1, start_2), ALIGNMENT)
+        place = y + start.to(tl.int64) * stride_y + first_column + local[:, None] * stride_y + columns[None, :]
+        mask = row_mask[:, None] & column_mask[None, :]
+        if tl.load(page_offsets + page_list(segment, linear + site, LINEARS, pages)) >> 32 > 0:
+            row_place = y + start.to(tl.int64) * stride_y + first_column + local[:, None] * stride_y
+            for part in tl.range(0, COLUMNS, VECTOR_COLUMNS, num_stages=1):  # of few columns, for the sake of the registers
+                own = block * COLUMNS + part + tl.arange(0, VECTOR_COLUMNS)[None, :]
+                gain, shift = output_vectors(
+                    own, own < size, segment, site, size, arena, page_offsets, page_scales, linear, pages, LINEARS
+                )
+                inside = row_mask[:, None] & (own < size)
+                base = tl.load(row_place + own, mask=inside, other=0.0).to(tl.float32)
+                tl.store(row_place + own, rounded(base + (gain * base + shift), y.dtype.element_ty), mask=inside)
+            tl.debug_barrier()
         acc = expand_tile(
             tl.zeros((TILE_ROWS, COLUMNS), tl.float32),
             start + local, row_mask, columns, column_mask, segment, site, size,
             arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features, LINEARS, SITES, SPLITS,
         )  # fmt: skip
-        first_column = tl.multiple_of(_site(site, start_0, start_1, start_2), ALIGNMENT)
-        place = y + start.to(tl.int64) * stride_y + first_column + local[:, None] * stride_y + columns[None, :]
-        mask = row_mask[:, None] & column_mask[None, :]
         base = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        gain, shift = output_vectors(
-            columns, column_mask, segment, site, size, arena, page_offsets, page_scales, linear, pages, LINEARS
-        )
-        acc += gain[None, :] * base + shift[None, :]
         tl.store(place, rounded(base + acc, y.dtype.element_ty), mask=mask)
 
 

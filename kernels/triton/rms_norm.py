@@ -55,11 +55,10 @@ def rms_norm_kernel(
             LINEARS, SITES, SPLITS, GROUP,
         )  # fmt: skip
         gain, shift = output_vectors(
-            columns, inside, tl.load(row_segment + only), 0, WIDTH,
+            column, inside[None, :], tl.load(row_segment + only), 0, WIDTH,
             arena, page_offsets, page_scales, linear, pages, LINEARS,
         )  # fmt: skip
-        term += shift
-        value = rounded(value + (gain[None, :] * value + term[None, :]), x.dtype.element_ty).to(tl.float32)
+        value = rounded(value + (gain * value + shift + term[None, :]), x.dtype.element_ty).to(tl.float32)
     if HAS_RESIDUAL:
         updated = rounded(stream + value, residual.dtype.element_ty)
         tl.store(place, updated, mask=mask)
