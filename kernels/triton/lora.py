@@ -19,7 +19,8 @@ numbers occupy but one or two warps of a product, so with 16 rows each warp mult
 
 **Rounding.** x and A multiply exactly into float32 sums where they have one dtype, and are taken to float32 where
 not. The scaled ranks enter the product with B as two numbers of the arena's dtype, the rounded one and what that
-left, so the whole is as good as float32 down to about 17 bits. Only what is stored in y is rounded. A row's bits
+left, so the whole is as good as float32 down to about 17 bits. Only what is stored in y is rounded; the stand-alone
+expand, which keeps a gain and a shift out of its registers, rounds once more where there are such. A row's bits
 depend on K, on its own pages and on whether tiles have 16 or 64 rows, not on the other rows.
 
 Bound: the bytes of the pages of the distinct adapters. All tiles, steps and splits are calculated, not yet measured
@@ -273,7 +274,7 @@ def lora_expand_kernel(
         mask = row_mask[:, None] & column_mask[None, :]
         if tl.load(page_offsets + page_list(segment, linear + site, LINEARS, pages)) >> 32 > 0:
             row_place = y + start.to(tl.int64) * stride_y + first_column + local[:, None] * stride_y
-            for part in tl.range(0, COLUMNS, VECTOR_COLUMNS, num_stages=1):  # of few columns, for the sake of the registers
+            for part in tl.range(0, COLUMNS, VECTOR_COLUMNS, num_stages=1):  # few, for the registers
                 own = block * COLUMNS + part + tl.arange(0, VECTOR_COLUMNS)[None, :]
                 gain, shift = output_vectors(
                     own, own < size, segment, site, size, arena, page_offsets, page_scales, linear, pages, LINEARS

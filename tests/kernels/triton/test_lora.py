@@ -242,7 +242,7 @@ def test_determinism(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_y_is_rounded_once(dtype: torch.dtype, device: str) -> None:
+def test_y_is_rounded_once_and_once_more_with_vectors(dtype: torch.dtype, device: str) -> None:
     sizes = {"gate_proj": 24, "up_proj": 40}
     rows, pages = MIXES["weighted"], pool(80, sizes, dtype, device)
     segments, (sites, width) = segments_of(rows, device), sites_of(sizes)
@@ -253,8 +253,11 @@ def test_y_is_rounded_once(dtype: torch.dtype, device: str) -> None:
     exact = base.double() + expected_sum(x, base, pages, sites, segments)
     y = base.clone()
     gpu.lora_add(y, x, pages, LAYER, sites, segments)  # makes its own routes
-    half_an_ulp = torch.finfo(dtype).eps / 2 * exact.abs()
-    assert ((y - exact).abs() <= half_an_ulp + 4e-4 * torch.finfo(dtype).eps * 256).all()
+    vectors = torch.where(pages.offsets % 2 == VECTORS, pages.offsets, -1).sort(-1, descending=True).values
+    changed = base.double() + expected_sum(x, base, replace(pages, offsets=vectors), sites, segments)
+    magnitude = exact.abs() + torch.where(changed == base, 0, changed.abs())
+    bound = torch.finfo(dtype).eps / 2 * magnitude
+    assert ((y - exact).abs() <= bound + 4e-4 * torch.finfo(dtype).eps * 256).all()
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
