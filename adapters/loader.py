@@ -31,7 +31,7 @@ def load_adapter(place: Place, layout: ModelLayout, dtype: torch.dtype) -> Canon
     """Read and check one adapter folder; raises the AdapterError that says what is wrong with it."""
     files = read_adapter(place, layout.max_weight_bytes())
     spec = AdapterSpec.from_bytes(bytes(files.config))
-    pairs = read_pairs(parse_tensors(files.weights), spec, layout)
+    pairs = read_pairs(parse_tensors(files.weights, files.header), spec, layout)
     return canonicalise(pairs, spec, layout, dtype, files.revision)
 
 
