@@ -10,10 +10,14 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from lorry.adapters.base import check_base
 from lorry.adapters.canonical import CanonicalAdapter, canonicalise
 from lorry.adapters.checkpoint import read_pairs
 from lorry.adapters.errors import AdapterError, MalformedAdapter
@@ -27,10 +31,17 @@ log = logging.getLogger(__name__)
 _NICENESS = 10  # of the loading thread: the forward pass keeps its cores
 
 
-def load_adapter(place: Place, layout: ModelLayout, dtype: torch.dtype) -> CanonicalAdapter:
-    """Read and check one adapter folder; raises the AdapterError that says what is wrong with it."""
+def load_adapter(
+    place: Place, layout: ModelLayout, dtype: torch.dtype, warn: Callable[[str], object] = str
+) -> CanonicalAdapter:
+    """Read and check one adapter folder; raises the AdapterError that says what is wrong with it.
+
+    warn: told what is doubtful.
+    """
     files = read_adapter(place, layout.max_weight_bytes())
     spec = AdapterSpec.from_bytes(bytes(files.config))
+    if doubt := check_base(files.header.metadata, spec.base, layout):
+        warn(doubt)
     pairs = read_pairs(parse_tensors(files.weights, files.header), spec, layout)
     return canonicalise(pairs, spec, layout, dtype, files.revision)
 
@@ -54,6 +65,7 @@ class Loader:
         self._jobs: queue.SimpleQueue[tuple[int, Place] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._warned: set[tuple[Path, str]] = set()
 
     def submit(self, token: int, place: Place) -> None:
         """Load `place`; a `Loaded` with `token` follows."""
@@ -89,7 +101,7 @@ class Loader:
 
     def _load(self, place: Place) -> tuple[CanonicalAdapter | None, AdapterError | None]:
         try:
-            return load_adapter(place, self._layout, self._dtype), None
+            return load_adapter(place, self._layout, self._dtype, partial(self._warn, place)), None
         except AdapterError as error:
             return None, error
         except OSError as error:
@@ -97,3 +109,9 @@ class Loader:
         except Exception:
             log.exception("loading the adapter in %s failed", place.folder)
             return None, AdapterError("the adapter could not be loaded")
+
+    def _warn(self, place: Place, doubt: str) -> None:
+        """Once for each adapter."""
+        if (place.folder, doubt) not in self._warned:
+            self._warned.add((place.folder, doubt))
+            log.warning("the adapter in %s: %s", place.folder.name, doubt)

@@ -61,7 +61,8 @@ class Layer:
 class Decoder:
     """A loaded model. Build it with `load_model`; everything it is asked for goes through arguments.
 
-    `config`: its shape; `layout`: the linears that adapters can change; `dtype`: of activations; `device`.
+    `config`: its shape; `layout`: the linears that adapters can change; `dtype`: of activations; `device`;
+    `fingerprint`: of the quantized base, "" where `load_model` has set none.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Decoder:
         device: torch.device,
     ) -> None:
         self.config = config
+        self.fingerprint = ""
         self.dtype = dtype
         self.device = device
         shapes = config.linear_shapes()
