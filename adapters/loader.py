@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lorry.adapters.base import check_base
+from lorry.adapters.identity import check_base
 from lorry.adapters.canonical import CanonicalAdapter, canonicalise
 from lorry.adapters.checkpoint import read_pairs
 from lorry.adapters.errors import AdapterError, MalformedAdapter

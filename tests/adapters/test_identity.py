@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lorry.adapters.base import FINGERPRINT_KEY, check_base
+from lorry.adapters.identity import FINGERPRINT_KEY, check_base
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import MalformedAdapter, WrongBase
 from lorry.adapters.layout import ModelLayout
