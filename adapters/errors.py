@@ -44,5 +44,9 @@ class AdapterExists(AdapterError):
     """The id is taken; `field` is the id."""
 
 
+class MixRefused(AdapterError):
+    """A request's adapters have no sum; `field` is the request's."""
+
+
 class PoolTooSmall(AdapterError):
     """What is asked for can never be resident together; details: `needed` and `available` in bytes."""

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from lorry.adapters.identity import check_base
+from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter, canonicalise
-from lorry.adapters.checkpoint import read_pairs
+from lorry.adapters.checkpoint import read_linears
 from lorry.adapters.errors import AdapterError, MalformedAdapter
 from lorry.adapters.files import Place, read_adapter
+from lorry.adapters.identity import check_base
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.spec import AdapterSpec
 from lorry.adapters.tensor_file import parse_tensors
@@ -32,7 +33,7 @@ _NICENESS = 10  # of the loading thread: the forward pass keeps its cores
 
 
 def load_adapter(
-    place: Place, layout: ModelLayout, dtype: torch.dtype, warn: Callable[[str], object] = str
+    place: Place, layout: ModelLayout, dtype: torch.dtype, base: BaseWeights, warn: Callable[[str], object] = str
 ) -> CanonicalAdapter:
     """Read and check one adapter folder; raises the AdapterError that says what is wrong with it.
 
@@ -42,8 +43,8 @@ def load_adapter(
     spec = AdapterSpec.from_bytes(bytes(files.config))
     if doubt := check_base(files.header.metadata, spec.base, layout):
         warn(doubt)
-    pairs = read_pairs(parse_tensors(files.weights, files.header), spec, layout)
-    return canonicalise(pairs, spec, layout, dtype, files.revision)
+    linears = read_linears(parse_tensors(files.weights, files.header), spec, layout)
+    return canonicalise(linears, spec, layout, base, dtype, files.revision)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +60,9 @@ class Loaded:
 class Loader:
     """A queue of places to load and a queue of what came of them."""
 
-    def __init__(self, layout: ModelLayout, dtype: torch.dtype) -> None:
+    def __init__(self, layout: ModelLayout, dtype: torch.dtype, base: BaseWeights) -> None:
         self._layout = layout
+        self._base = base
         self._dtype = dtype
         self._jobs: queue.SimpleQueue[tuple[int, Place] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
@@ -101,7 +103,8 @@ class Loader:
 
     def _load(self, place: Place) -> tuple[CanonicalAdapter | None, AdapterError | None]:
         try:
-            return load_adapter(place, self._layout, self._dtype, partial(self._warn, place)), None
+            warn = partial(self._warn, place)
+            return load_adapter(place, self._layout, self._dtype, self._base, warn), None
         except AdapterError as error:
             return None, error
         except OSError as error:

@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lorry.adapters.base import BaseWeights
 from lorry.adapters.catalog import Catalog, is_valid_id
 from lorry.adapters.errors import AdapterExists, MalformedAdapter, UnknownAdapter
 from lorry.adapters.lease import AdapterReference, Lease, Part, Version
-from lorry.adapters.library import Library, mismatch
+from lorry.adapters.library import Library, unfit
 from lorry.adapters.pool import PagePool
 from lorry.adapters.records import AdapterChanged, AdapterInfo, AdapterReply, Counters
 
@@ -35,9 +36,9 @@ class _Task:
 class AdapterManager:
     """Catalog, loader and pool as one. `close` ends the loader's thread."""
 
-    def __init__(self, catalog: Catalog, pool: PagePool) -> None:
+    def __init__(self, catalog: Catalog, pool: PagePool, base: BaseWeights) -> None:
         self.pool = pool
-        self._library = Library(catalog, pool)
+        self._library = Library(catalog, pool, base)
         self._register = self._library.register
         self._tasks: list[_Task] = []
         self._replies: list[AdapterReply] = []
@@ -55,14 +56,12 @@ class AdapterManager:
     def request(self, refs: Iterable[AdapterReference]) -> Lease:
         """A hold on adapters, by id; those that are not resident start loading.
 
-        Raises UnknownAdapter, or RevisionMismatch where the revision is known already.
+        Raises UnknownAdapter, or RevisionMismatch and MixRefused where the content is known already.
         """
-        parts = []
-        for ref in refs:
-            part = Part(self._register.known(ref.id).current, ref.weight, ref.revision)
-            if part.version.has_content and (error := mismatch(part)):
+        parts = [Part(self._register.known(ref.id).current, ref.weight, ref.revision) for ref in refs]
+        for part in parts:
+            if part.version.has_content and (error := unfit(part, parts)):
                 raise error
-            parts.append(part)
         return self._library.lease(parts)
 
     def ready(self, lease: Lease) -> bool:

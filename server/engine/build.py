@@ -35,6 +35,7 @@ from lorry.server.engine.runner import SCORED_ROWS, Runner
 from lorry.server.engine.scheduler import Limits, Scheduler
 from lorry.server.engine.sequence import Request, Sequence
 from lorry.server.errors import InvalidField
+from lorry.server.model.base_weights import DecoderWeights
 from lorry.server.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def build_engine(
     pool = PagePool(layout, adapter_memory(config, types), types.adapter_dtype, types.device)
     roots = tuple(Path(root) for root in config.adapter_roots)
     folder = None if config.adapters_dir is None else Path(config.adapters_dir)
-    desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool))
+    desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool, DecoderWeights(decoder)))
 
     bytes_per_block = block_bytes(model.layers, model.kv_heads, model.head_dim, types.kv_dtype)
     if start is None:

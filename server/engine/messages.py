@@ -70,6 +70,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     cache_salt: str = ""
     arrival: float = 0.0  # time.time() in the frontend
     deadline: float | None = None  # time.time() after which nobody waits for the answer
+    prompt_end: int | None = None  # tokens of the client's prompt, where others to be scored follow; None: all
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_adapters import NoBase
 
 from lorry.adapters import files, matching
 from lorry.adapters.catalog import Catalog
@@ -42,7 +43,7 @@ def folder(write_adapter: Any, tmp_path: Path) -> Path:
 def refused(folder: Path, layout: ModelLayout, *roots: Path) -> AdapterError:
     place = Place(folder, roots or (folder.parent,))
     with pytest.raises(AdapterError) as error:
-        load_adapter(place, layout, torch.float32)
+        load_adapter(place, layout, torch.float32, NoBase())
     assert str(folder.parent) not in error.value.message
     return error.value
 
@@ -124,7 +125,7 @@ def test_a_folder_that_becomes_a_link_after_its_path_was_resolved(
     (root / "b").symlink_to(folder, target_is_directory=True)
     monkeypatch.setattr(files.os.path, "realpath", lambda path: str(path))  # resolved before it was a link
     with pytest.raises(PathRefused, match="leads out of the adapter roots"):
-        load_adapter(Place(root / "b", (root,)), layout, torch.float32)
+        load_adapter(Place(root / "b", (root,)), layout, torch.float32, NoBase())
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from random_adapters import NoBase
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lorry.adapters.identity import FINGERPRINT_KEY, check_base
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import MalformedAdapter, WrongBase
+from lorry.adapters.identity import FINGERPRINT_KEY, check_base
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.loader import Loader, load_adapter
 
@@ -37,17 +38,17 @@ def test_the_fingerprint_decides(served: ModelLayout, write_adapter: Any, tmp_pa
     assert place is not None
     doubts: list[str] = []
     name_base(tmp_path / "a", OURS)
-    assert load_adapter(place, served, torch.float32, doubts.append).rank == 8
+    assert load_adapter(place, served, torch.float32, NoBase(), doubts.append).rank == 8
     assert doubts == []
 
     name_base(tmp_path / "a", THEIRS)
     with pytest.raises(WrongBase, match=r"on the base e1e1e1e1e1e1, this one is 0f0f0f0f0f0f; --allow-base") as refused:
-        load_adapter(place, served, torch.float32)
+        load_adapter(place, served, torch.float32, NoBase())
     assert refused.value.field == FINGERPRINT_KEY
     assert refused.value.details == {"expected": OURS, "actual": THEIRS}
 
     allowed = replace(served, allow_base_mismatch=True)
-    assert load_adapter(place, allowed, torch.float32, doubts.append).rank == 8
+    assert load_adapter(place, allowed, torch.float32, NoBase(), doubts.append).rank == 8
     assert doubts == ["it was trained on the base e1e1e1e1e1e1, this one is 0f0f0f0f0f0f"]
     assert check_base({FINGERPRINT_KEY: THEIRS}, "", replace(served, fingerprint="")) == ""
 
@@ -80,7 +81,7 @@ def test_names_are_all_there_is_without_fingerprints(served: ModelLayout, named:
 def test_one_warning_for_each_adapter(
     served: ModelLayout, write_adapter: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    loader = Loader(served, torch.float32)
+    loader = Loader(served, torch.float32, NoBase())
     for name in "abab":
         write_adapter(tmp_path / name)
         place = Catalog(tmp_path).find(name)
