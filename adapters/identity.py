@@ -32,7 +32,7 @@ def check_base(metadata: Mapping[str, str], named: str, layout: ModelLayout) -> 
     if not ours or theirs == ours:
         return ""
     if theirs is None:
-        return f"it does not say which quantized base it was trained on; {_names(named, layout.base)}"
+        return doubt_without_fingerprint(named, layout.base)
     both = f"it was trained on the base {theirs[:12]}, this one is {ours[:12]}"
     if layout.allow_base_mismatch:
         return both
@@ -44,11 +44,13 @@ def check_base(metadata: Mapping[str, str], named: str, layout: ModelLayout) -> 
     )
 
 
-def _names(theirs: str, ours: str) -> str:
+def doubt_without_fingerprint(theirs: str, ours: str) -> str:
+    """What to warn of when only the bases' names can be compared."""
+    unsaid = "it does not say which quantized base it was trained on"
     if not theirs:
-        return "its config names no base either"
+        return f"{unsaid}; its config names no base either"
     alike = "as this one is" if _family(theirs) == _family(ours) else f"this one {ours!a}"
-    return f"its base was called {_last(theirs)!a}, {alike}"
+    return f"{unsaid}; its base was called {_last(theirs)!a}, {alike}"
 
 
 def _last(name: str) -> str:

@@ -38,7 +38,7 @@ from lorry.server.model.inputs import ModelInputs
 from lorry.server.model.placement import Placement
 from lorry.server.model.projection import Projection, nf4_bytes
 from lorry.server.model.step import KeyValueCache, Step, adapters_of
-from lorry.server.model.weights import Checkpoint, read_ends, read_layer
+from lorry.server.model.weights import Checkpoint, layout_of, read_ends, read_layer
 from lorry.server.model.writer import Progress
 
 
@@ -213,10 +213,7 @@ class Decoder:
     @property
     def layout(self) -> ModelLayout:
         """The linears that adapters can change: site → (K, N)."""
-        shapes = self.config.linear_shapes()
-        return ModelLayout(
-            layers=self.config.layers, sites={site: (shapes[site][1], shapes[site][0]) for site in SITES}
-        )
+        return layout_of(self.config)
 
     @property
     def projections(self) -> tuple[Projection, ...]:
