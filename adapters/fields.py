@@ -129,5 +129,5 @@ def _is_one_of(value: object, accepted: tuple[object, ...]) -> bool:
 def _unsupported(name: str, value: object, accepted: str) -> UnsupportedField:
     shown = repr(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    name = name[:80] if name.isascii() and name.isprintable() else ascii(name)[:80]
+    name = name[:80]
     return UnsupportedField(f"{name} is {shown}, this server takes {accepted}", name)

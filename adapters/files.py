@@ -151,6 +151,5 @@ def _no_weights(place: Place) -> AdapterError:
         names = sorted(entry.name for entry in itertools.islice(entries, _ENTRIES_SEEN))
     for name in names:
         if name.endswith(_PICKLES):
-            shown = name[:80] if name.isascii() and name.isprintable() else ascii(name)[:80]
-            return MalformedAdapter(f"{shown} is not read, only {WEIGHTS_NAME} is", shown)
+            return MalformedAdapter(f"{name[:80]} is not read, only {WEIGHTS_NAME} is", name[:80])
     return MalformedAdapter(f"the folder has no {WEIGHTS_NAME}", WEIGHTS_NAME)
