@@ -34,11 +34,12 @@ _FIRST_INDEX = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
 class Matcher:
-    """Compiled patterns of one config under one time limit, which starts with the first match."""
+    """Patterns of one config under one time limit; what was found for a field and a path is kept."""
 
     def __init__(self) -> None:
         self._compiled: dict[str, regex.Pattern[str]] = {}
         self._names: dict[str, frozenset[str]] = {}
+        self._values: dict[tuple[str, str], float | None] = {}
         self._unrolled = 0
         self._left = TIME_LIMIT
 
@@ -79,14 +80,16 @@ class Matcher:
         return compiled
 
     def pattern_value(self, patterns: Iterable[tuple[str, float]], path: str, field: str) -> float | None:
-        """Value of the first of `patterns` (key, value) that matches; None when none does."""
-        for key, value in patterns:
-            if _PLAIN.fullmatch(key):
-                if _ends_with(path, key):
-                    return value
-            elif self.match(rf"(.*\.)?({key})$", path, field):
-                return value
-        return None
+        """Value of the first of the field's `patterns` (key, value) that matches; None when none does."""
+        if (field, path) not in self._values:
+            means = (value for key, value in patterns if self._means(key, path, field))
+            self._values[field, path] = next(means, None)
+        return self._values[field, path]
+
+    def _means(self, key: str, path: str, field: str) -> bool:
+        if _PLAIN.fullmatch(key):
+            return _ends_with(path, key)
+        return self.match(rf"(.*\.)?({key})$", path, field) is not None
 
     def names(self, modules: str | tuple[str, ...], path: str, field: str) -> bool:
         """Whether a regular expression or a list of names means the module at `path`."""

@@ -142,7 +142,7 @@ def mutated_json(draw: Any, value: Any) -> Any:
             key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
         match draw(st.integers(0, 4)):
             case 0 | 1:
-                place[key] = draw(VALUES)
+                place[key] = copy.deepcopy(draw(VALUES))
             case 2 if isinstance(place, dict):
                 place[draw(st.text(max_size=20))] = place.pop(key)
             case 3 if len(place) > 1:
