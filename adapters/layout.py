@@ -24,12 +24,15 @@ class ModelLayout:
     """Shapes of the adaptable linears.
 
     layers: decoder layers. sites: site name → (K inputs, N outputs), names from `SITES`. base: the model's name,
-    which no adapter may bear as its id.
+    which no adapter may bear as its id. fingerprint: of its quantized linears, "" where nothing is to be compared;
+    allow_base_mismatch: an adapter that names another is only warned of.
     """
 
     layers: int
     sites: dict[str, tuple[int, int]]
     base: str = ""
+    fingerprint: str = ""
+    allow_base_mismatch: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.sites) - set(SITES)

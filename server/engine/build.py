@@ -110,7 +110,13 @@ def build_engine(
     start = GpuStart(config, limits, CudaMemory(types.device), progress) if types.on_gpu else None
     if start is not None:
         start.check_adapters(adapter_memory(config, types))
-    pool = PagePool(decoder.layout, adapter_memory(config, types), types.adapter_dtype, types.device)
+    layout = replace(
+        decoder.layout,
+        base=Path(config.model).name,
+        fingerprint=decoder.fingerprint,
+        allow_base_mismatch=config.allow_base_mismatch,
+    )
+    pool = PagePool(layout, adapter_memory(config, types), types.adapter_dtype, types.device)
     roots = tuple(Path(root) for root in config.adapter_roots)
     folder = None if config.adapters_dir is None else Path(config.adapters_dir)
     desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool, DecoderWeights(decoder)))
@@ -200,6 +206,7 @@ def describe(config: EngineConfig, types: Types, engine: Engine) -> ModelInfo:
         block_size=BLOCK_SIZE,
         adapter_pages=engine.adapters.manager.pool.pages_total,
         kernels=_kernels(types),
+        base_fingerprint=decoder.fingerprint,
     )
 
 
