@@ -46,7 +46,7 @@ class Version:
     loading: bool = False
     candidate: bool = False
     retired: bool = False
-    leases: set[Lease] = field(default_factory=set)
+    leases: dict[Lease, None] = field(default_factory=dict)  # in the order of their requests
 
     @property
     def has_content(self) -> bool:
@@ -99,6 +99,7 @@ class Lease:
     """A request's hold on its adapters. order: of arrival; internal: a command's, not a request's.
 
     pinned: its pages may not go now; started: they were pinned once, so the revisions are fixed from then on.
+    absent: some of its adapters are not on the device and on their way, so that there is no need to ask for more.
     """
 
     order: int
@@ -106,6 +107,7 @@ class Lease:
     internal: bool = False
     pinned: bool = False
     started: bool = False
+    absent: bool = True
     error: AdapterError | None = None
 
     @property

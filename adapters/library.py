@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import AdapterError, RevisionMismatch
+from lorry.adapters.host import HostTier
 from lorry.adapters.lease import Entry, Lease, Part, Version
 from lorry.adapters.loader import Loaded, Loader
 from lorry.adapters.pool import PagePool
@@ -35,10 +36,11 @@ def mismatch(part: Part) -> RevisionMismatch | None:
 class Library:
     """Leases and loads; the entries are in `register`, the device's side in `residency`."""
 
-    def __init__(self, catalog: Catalog, pool: PagePool) -> None:
+    def __init__(self, catalog: Catalog, pool: PagePool, host_memory: int) -> None:
         self.pool = pool
         self.register = Register(catalog, pool)
-        self.residency = Residency(pool, lambda version: self.register.touch(version.entry), self._lost)
+        self.tier = HostTier(host_memory)
+        self.residency = Residency(pool, self.tier, lambda version: self.register.touch(version.entry), self._lost)
         self.counters = Counters()
         self._loader = Loader(pool.layout, pool.dtype)
         self._to_load: dict[Version, None] = {}
@@ -59,20 +61,21 @@ class Library:
         """A lease whose missing contents are asked for."""
         lease = Lease(next(self._orders), parts, internal)
         for version in lease.versions():
-            version.leases.add(lease)
+            version.leases[lease] = None
             self._want(version)
+        lease.absent = not self.residency.resident(lease)
         return lease
 
     def release(self, lease: Lease) -> None:
         """Take a lease off its versions; what nobody holds any more goes."""
         self.residency.unpin(lease)
         for version in lease.versions():
-            version.leases.discard(lease)
+            version.leases.pop(lease, None)
             self._settle(version)
 
     def fail(self, lease: Lease, error: AdapterError) -> None:
         """The lease can never be ready; whoever asks is told."""
-        lease.error = error
+        lease.error, lease.absent = error, False
         self.release(lease)
 
     # ---------------------------------------------------------------- loads
@@ -118,6 +121,8 @@ class Library:
             entry.provisional = False
         elif entry.provisional:
             self.register.remove(entry)
+        elif loaded.adapter is not None and version is entry.current and not version.retired:
+            self.residency.host(version, loaded.adapter)  # nobody waits for it any more
 
     def _keep(self, version: Version, adapter: CanonicalAdapter) -> None:
         current = version.entry.current
@@ -126,12 +131,12 @@ class Library:
             current.place = version.place
             self._transfer(version, current)
             return
-        version.host = adapter
-        self.residency.hosted[version] = None
+        self.residency.host(version, adapter)
         if version.candidate:
             self._promote(version)
 
     def _want(self, version: Version) -> None:
+        self.residency.wait(version)
         if version.leases and not version.has_content and not version.loading:
             version.loading = True
             self._to_load[version] = None
@@ -183,23 +188,27 @@ class Library:
             for part in lease.parts:
                 if part.version is source:
                     part.version = target
-            source.leases.discard(lease)
-            target.leases.add(lease)
+            source.leases.pop(lease, None)
+            target.leases[lease] = None
             error = _mismatch(lease, target) if target.has_content else None
             if error is not None:
                 self.fail(lease, error)
+        target.leases = dict.fromkeys(sorted(target.leases, key=lambda lease: lease.order))
+        self.residency.look(target)
         self._want(target)
         self._settle(source)
 
     def _settle(self, version: Version) -> None:
-        """Drop what a version without leases need not keep: all but an unpinned place on the device, if current."""
+        """Drop what a version without leases need not keep: all, unless it is current and may be asked for again."""
         if version.leases:
             return
         if version in self._to_load:
             del self._to_load[version]
             version.loading = False
-        if version.slot is None or version.retired:
+        if version.retired:
             self.residency.drop(version)
+        else:
+            self.residency.idle(version)
         entry = version.entry
         self.register.touch(entry)
         if version in entry.retired:
@@ -219,10 +228,11 @@ class Library:
         for version in live:
             assert all(any(part.version is version for part in lease.parts) for lease in version.leases)
             assert version.has_content or version.loading or not version.leases, "a lease waits for nothing"
+            assert all(lease.absent is not self.residency.resident(lease) for lease in version.leases)
 
 
 def _oldest(version: Version) -> int:
-    return min(lease.order for lease in version.leases)
+    return next(iter(version.leases)).order
 
 
 def _mismatch(lease: Lease, version: Version) -> RevisionMismatch | None:

@@ -4,10 +4,10 @@
     load · unload · pin_adapter · get · list                        commands
     poll                                                            once a step: loads end, pages are copied, events
 
-An id's content is read when a request first needs it. From then on the id stands for that revision until it is
-evicted or replaced: a file that changes on disk meanwhile changes nothing, and is read as a new revision after an
-eviction, or at once by `load(replace=True)`. A lease never mixes revisions: what it has begun with stays until its
-release. A load that fails fails the requests that wait for it; the next request tries again.
+An id's content is read when a request first needs it. From then on the id stands for that revision, on the device or in
+host memory, until it is dropped from both, replaced by `load(replace=True)`, or its files are seen to have changed
+(`watch.py`). A lease never mixes revisions: what it has begun with stays until its release. A load that fails fails the
+requests that wait for it; the next request tries again.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ class _Task:
 
 
 class AdapterManager:
-    """Catalog, loader and pool as one. `close` ends the loader's thread."""
+    """Catalog, loader, host memory and pool as one. `close` ends its threads.
 
-    def __init__(self, catalog: Catalog, pool: PagePool) -> None:
+    host_memory: bytes for contents in host memory, those on the device that have a copy there among them (`host.py`).
+    """
+
+    def __init__(self, catalog: Catalog, pool: PagePool, host_memory: int = 0) -> None:
         self.pool = pool
-        self._library = Library(catalog, pool)
+        self._library = Library(catalog, pool, host_memory)
         self._register = self._library.register
         self._tasks: list[_Task] = []
         self._replies: list[AdapterReply] = []
@@ -96,8 +99,9 @@ class AdapterManager:
     ) -> None:
         """Register the folder at `path`, below a root, under an id and bring it to the device; `poll` answers.
 
-        An id that is taken needs `replace`; a folder that is registered and unread may be loaded without. While a
-        replacement loads, requests go on with the present content; if it is refused, nothing changes.
+        An id that is taken needs `replace`; a registered folder that nobody uses and that is not on the device may be
+        loaded without, and is read again. While a replacement loads, requests go on with the present content; if it is
+        refused, nothing changes.
         Raises MalformedAdapter for a bad id, PathRefused, AdapterExists.
         """
         library = self._library
@@ -111,8 +115,9 @@ class AdapterManager:
             version = self._register.add(adapter_id, place, provisional=True).current
         elif replace:
             version = Version(entry, place, candidate=True)
-        elif entry.current.place == place and not entry.current.loading and not entry.current.has_content:
+        elif entry.current.place == place and entry.current.slot is None and not entry.current.leases:
             version = entry.current
+            library.residency.drop(version)
         else:
             raise AdapterExists(f"the adapter {adapter_id} exists; replace loads another in its place", adapter_id)
         lease = library.lease([Part(version, 1.0, expected_revision)], internal=True)
@@ -169,7 +174,9 @@ class AdapterManager:
     def take_counters(self) -> Counters:
         """What was counted since the last call."""
         taken, self._library.counters = self._library.counters, Counters()
-        taken.evictions, self._library.residency.evictions = self._library.residency.evictions, 0
+        residency = self._library.residency
+        taken.evictions, residency.evictions = residency.evictions, 0
+        taken.host_evictions, residency.host_evictions = residency.host_evictions, 0
         return taken
 
     def loaded(self) -> int:

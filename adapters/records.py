@@ -11,8 +11,8 @@ from lorry.adapters.errors import AdapterError
 class AdapterState(enum.IntEnum):
     """Where an adapter's bytes are.
 
-    REGISTERED: on disk only. LOADING: on its way from disk or to the device. HOST: in host memory, checked, waiting
-    for room. DEVICE: resident. DRAINING: unloaded, requests in flight still use it. FAILED: its last load was refused.
+    REGISTERED: on disk only. LOADING: on its way from disk or to the device. HOST: in host memory, checked.
+    DEVICE: resident. DRAINING: unloaded, requests in flight still use it. FAILED: its last load was refused.
     """
 
     REGISTERED = 1
@@ -62,8 +62,13 @@ class AdapterChanged:
 
 @dataclass(slots=True)
 class Counters:
-    """Since they were last taken. loads: ended loads by "success" and "failure"; load_seconds: from disk to host."""
+    """Since they were last taken.
+
+    loads: ended loads by "success" and "failure"; load_seconds: from disk to host; evictions: from the device;
+    host_evictions: from host memory, to the disk only
+    """
 
     loads: dict[str, int] = field(default_factory=dict)
     load_seconds: list[float] = field(default_factory=list)
     evictions: int = 0
+    host_evictions: int = 0

@@ -105,14 +105,22 @@ class Driver:
     lagging: its pool is on a device that does little between two polls.
     """
 
-    def __init__(self, layout: ModelLayout, folder: Path, capacity: int, lagging: bool = False, **pool: Any) -> None:
+    def __init__(
+        self,
+        layout: ModelLayout,
+        folder: Path,
+        capacity: int,
+        lagging: bool = False,
+        host_memory: int = 0,
+        **pool: Any,
+    ) -> None:
         self.device = FakeDevice()
         if lagging:
             ring = self.device.pin(torch.zeros(1 << 14, dtype=torch.uint8))
             pool["uploads"] = Beside(self.device.steps, self.device.copies, ring)
         self.pool = PagePool(layout, capacity, **pool)
         self.pool.pages.arena.fill_(torch.nan)
-        self.manager = AdapterManager(Catalog(folder), self.pool)
+        self.manager = AdapterManager(Catalog(folder), self.pool, host_memory)
         self.events: list[AdapterChanged] = []
         self.replies: dict[int, AdapterReply] = {}
 
