@@ -21,8 +21,9 @@ class HostTier:
         self.bytes = 0
         self._sizes: dict[Version, int] = {}  # the one asked for longest ago first
 
-    def __len__(self) -> int:
-        return len(self._sizes)
+    def versions(self) -> list[Version]:
+        """Whose content is here."""
+        return list(self._sizes)
 
     def put(self, version: Version, adapter: CanonicalAdapter) -> None:
         """Keep the content of a version."""

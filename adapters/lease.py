@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lorry.adapters.canonical import CanonicalAdapter
+from lorry.adapters.catalog import FilesState
 from lorry.adapters.errors import AdapterError
 from lorry.adapters.files import Place
 from lorry.adapters.segments import Combo
@@ -32,7 +33,8 @@ class Version:
     """One content of an adapter, wherever its bytes are: `slot` on the device, `host` in memory, else on disk.
 
     A content that was evicted and read again may have another revision, as long as no lease has started on it.
-    candidate: loads to replace the current version. loading: queued or being read.
+    candidate: loads to replace the current version. loading: queued or being read. files: of what state it was read, or
+    was tried last.
     """
 
     entry: Entry
@@ -46,6 +48,7 @@ class Version:
     loading: bool = False
     candidate: bool = False
     retired: bool = False
+    files: FilesState | None = None
     leases: dict[Lease, None] = field(default_factory=dict)  # in the order of their requests
 
     @property

@@ -100,7 +100,7 @@ class Library:
         """Take what the loader has finished."""
         for loaded in self._loader.results():
             version = self._reading.pop(loaded.token)
-            version.loading = False
+            version.loading, version.files = False, loaded.files
             result = "success" if loaded.error is None else "failure"
             self.counters.loads[result] = self.counters.loads.get(result, 0) + 1
             self.counters.load_seconds.append(loaded.seconds)
@@ -128,7 +128,7 @@ class Library:
         current = version.entry.current
         same = current.revision == version.revision and current.has_content and not current.retired
         if version.candidate and same:
-            current.place = version.place
+            current.place, current.files = version.place, version.files
             self._transfer(version, current)
             return
         self.residency.host(version, adapter)
@@ -144,9 +144,9 @@ class Library:
 
     # ---------------------------------------------------------------- contents come and go
 
-    def unload(self, entry: Entry) -> None:
-        """Hide an entry from new requests; it goes with its last lease."""
-        self.register.hide(entry)
+    def unload(self, entry: Entry, vanished: bool = False) -> None:
+        """Hide an entry from new requests; it goes with its last lease. vanished: its folder is no longer there."""
+        self.register.hide(entry, vanished)
         self._retire(entry.current)
 
     def set_pinned(self, entry: Entry, pinned: bool) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from lorry.adapters.canonical import CanonicalAdapter, canonicalise
+from lorry.adapters.catalog import FilesState, files_state
 from lorry.adapters.checkpoint import read_pairs
 from lorry.adapters.errors import AdapterError, MalformedAdapter
 from lorry.adapters.files import Place, read_adapter
@@ -37,12 +38,16 @@ def load_adapter(place: Place, layout: ModelLayout, dtype: torch.dtype) -> Canon
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """The end of one load: `adapter` or `error`; `seconds` on disk and in checks. `token` is the submitter's."""
+    """The end of one load: `adapter` or `error`; `seconds` on disk and in checks. `token` is the submitter's.
+
+    files: their state before they were read; what it says of the content holds unless they have another state now.
+    """
 
     token: int
     adapter: CanonicalAdapter | None
     error: AdapterError | None
     seconds: float
+    files: FilesState | None = None
 
 
 class Loader:
@@ -84,8 +89,9 @@ class Loader:
         while (job := self._jobs.get()) is not None:
             token, place = job
             begun = time.monotonic()
+            files = files_state(place.folder)
             adapter, error = self._load(place)
-            self._done.put(Loaded(token, adapter, error, time.monotonic() - begun))
+            self._done.put(Loaded(token, adapter, error, time.monotonic() - begun, files))
 
     def _load(self, place: Place) -> tuple[CanonicalAdapter | None, AdapterError | None]:
         try:

@@ -19,6 +19,7 @@ from lorry.adapters.catalog import Catalog, is_valid_id
 from lorry.adapters.errors import AdapterExists, MalformedAdapter, UnknownAdapter
 from lorry.adapters.lease import AdapterReference, Lease, Part, Version
 from lorry.adapters.library import Library, mismatch
+from lorry.adapters.news import News
 from lorry.adapters.pool import PagePool
 from lorry.adapters.records import AdapterChanged, AdapterInfo, AdapterReply, Counters
 
@@ -42,16 +43,18 @@ class AdapterManager:
         self.pool = pool
         self._library = Library(catalog, pool, host_memory)
         self._register = self._library.register
+        self._news = News(self._library)
         self._tasks: list[_Task] = []
         self._replies: list[AdapterReply] = []
 
     def close(self) -> None:
+        self._news.close()
         self._library.close()
 
     @property
     def busy(self) -> bool:
         """Whether `poll` has something to do or to wait for."""
-        return bool(self._tasks or self._replies or self._library.busy)
+        return bool(self._tasks or self._replies or self._library.busy or self._news.busy)
 
     # ---------------------------------------------------------------- requests
 
@@ -133,6 +136,7 @@ class AdapterManager:
         for task in self._tasks:
             if task.lease.error is None and task.lease.parts[0].version.entry is entry:
                 self._library.fail(task.lease, gone)
+        self._news.unload(entry, gone)
         self._library.unload(entry)
         return self._register.info(entry)
 
@@ -154,15 +158,15 @@ class AdapterManager:
         entry = self._register.entries.get(adapter_id) or self._register.known(adapter_id)
         return self._register.info(entry)
 
-    def list(self) -> list[AdapterInfo]:
-        """All adapters ordered by id, folders that are new included."""
-        self._register.discover()
-        return [self._register.info(entry) for _, entry in sorted(self._register.entries.items())]
+    def list(self, after: str = "", limit: int | None = None) -> list[AdapterInfo]:
+        """Adapters ordered by id, `limit` of those behind `after`."""
+        return [self._register.info(entry) for entry in self._register.page(after, limit)]
 
     # ---------------------------------------------------------------- once a step
 
     def poll(self) -> Sequence[AdapterReply | AdapterChanged]:
         """End loads, copy a bounded number of bytes, answer commands; what has happened since the last call."""
+        self._news.step()
         self._library.end_loads()
         self._library.residency.step(self._library.fail)
         self._tasks = [task for task in self._tasks if not self._answer(task)]

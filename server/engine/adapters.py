@@ -105,7 +105,7 @@ class AdapterDesk:
                 case UnloadAdapter(call_id, id):
                     infos = [self.manager.unload(id)]
                 case GetAdapters(call_id, id):
-                    infos = [self.manager.get(id)] if id else self.manager.list()
+                    infos = [self.manager.get(id)] if id else self.manager.list(command.after, command.limit)
         except theirs.AdapterError as error:
             outbox.append(AdapterReply(command.call_id, error=_error_info(error)))
         else:

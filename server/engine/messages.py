@@ -100,10 +100,15 @@ class PinAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class GetAdapters(msgspec.Struct, frozen=True, tag=True):
-    """Ask for one adapter (NOT_FOUND when unknown) or, with an empty id, for all of them."""
+    """Ask for one adapter (NOT_FOUND when unknown) or, with an empty id, for all of them in order of their ids.
+
+    after, limit: only the first `limit` behind the id `after`; a long list at once would hold up a step.
+    """
 
     call_id: int
     id: str = ""
+    after: str = ""
+    limit: int | None = None
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):

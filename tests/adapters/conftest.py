@@ -161,6 +161,15 @@ class Driver:
         """Poll until nothing is under way."""
         self.until(lambda: not self.manager.busy)
 
+    def look(self, times: int = 2) -> None:
+        """Poll until so many looks at the disk are over and what they saw is known."""
+        news = self.manager._news
+        for _ in range(times):
+            time.sleep(0.01)  # the least difference of two times of files
+            news._next = 0.0
+            self.until(lambda: news._watch.looking)
+            self.until(lambda: not news._watch.looking and not news.busy)
+
     def polls(self, count: int = 20) -> None:
         for _ in range(count):
             self.poll()

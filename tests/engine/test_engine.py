@@ -209,6 +209,8 @@ def test_adapter_commands(build: Any, adapters_dir: Path, tmp_path: Path) -> Non
     engine.run(GetAdapters(1), GetAdapters(2, "a"), GetAdapters(3, "nobody"), UnloadAdapter(4, "nobody"))
     assert [info.id for info in engine.replies[1].adapters] == [*"abcdefgh"[:2], "broken", *"cdefgh"]
     assert engine.replies[2].adapters[0].id == "a"
+    engine.run(GetAdapters(12, after="b", limit=3))
+    assert [info.id for info in engine.replies[12].adapters] == ["broken", "c", "d"]
     for call in (3, 4):
         error = engine.replies[call].error
         assert error is not None and error.kind == "NotFound"
