@@ -31,6 +31,11 @@ class Lease(Protocol):
         """Valid while the lease is pinned."""
         ...
 
+    @property
+    def absent(self) -> bool:
+        """Whether adapters are on their way, so that the lease cannot be ready."""
+        ...
+
 
 class Status(enum.Enum):
     WAITING = "waiting"  # has never run
@@ -45,6 +50,7 @@ class Request:
     order: number of the request in this engine, by arrival
     lease: None for the base
     adapters, namespace: of what the request runs on, with revisions; void before `resolve`
+    wants: ids of its adapters
     pending: indices of sequences that are not born yet; the first sequence carries the prompt for all of them
     """
 
@@ -54,6 +60,7 @@ class Request:
         self.prompt = message.prompt_token_ids
         self.order = order
         self.lease = lease
+        self.wants = tuple(ref.id for ref in message.adapters)
         self.adapters: tuple[AdapterRef, ...] = ()
         self.namespace = Namespace()
         self.combo: Combo = ()  # valid while a sequence runs
