@@ -16,7 +16,7 @@ from lorry.adapters.host import HostTier
 from lorry.adapters.lease import Entry, Lease, Part, Version
 from lorry.adapters.loader import Loaded, Loader
 from lorry.adapters.pool import PagePool
-from lorry.adapters.records import Counters
+from lorry.adapters.records import DEVICE, DISK, HOST, Counters
 from lorry.adapters.register import Register
 from lorry.adapters.residency import Residency
 
@@ -61,6 +61,9 @@ class Library:
         """A lease whose missing contents are asked for."""
         lease = Lease(next(self._orders), parts, internal)
         for version in lease.versions():
+            if not internal:
+                tier = DEVICE if version.slot is not None else HOST if version.host is not None else DISK
+                self.counters.found[tier] = self.counters.found.get(tier, 0) + 1
             version.leases[lease] = None
             self._want(version)
         lease.absent = not self.residency.resident(lease)

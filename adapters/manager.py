@@ -21,7 +21,7 @@ from lorry.adapters.lease import AdapterReference, Lease, Part, Version
 from lorry.adapters.library import Library, mismatch
 from lorry.adapters.news import News
 from lorry.adapters.pool import PagePool
-from lorry.adapters.records import AdapterChanged, AdapterInfo, AdapterReply, Counters
+from lorry.adapters.records import DEVICE, DISK, HOST, AdapterChanged, AdapterInfo, AdapterReply, Counters, Tiers
 
 
 @dataclass(eq=False, slots=True)
@@ -181,11 +181,24 @@ class AdapterManager:
         residency = self._library.residency
         taken.evictions, residency.evictions = residency.evictions, 0
         taken.host_evictions, residency.host_evictions = residency.host_evictions, 0
+        taken.copy_seconds, residency.copy_seconds = residency.copy_seconds, []
         return taken
 
     def loaded(self) -> int:
         """Adapters on the device."""
         return len(self._library.residency.by_slot)
+
+    def tiers(self) -> Tiers:
+        """Where adapters are, and how much memory they take."""
+        residency, tier = self._library.residency, self._library.tier
+        on_device = {version.entry.id for version in residency.by_slot.values()}
+        in_host = {version.entry.id for version in tier.versions()} - on_device
+        on_disk = max(0, len(self._register.entries) - len(on_device) - len(in_host))
+        return Tiers(
+            {DEVICE: len(on_device), HOST: len(in_host), DISK: on_disk},
+            {DEVICE: self.pool.bytes_used, HOST: tier.bytes},
+            tuple(sorted(on_device)),
+        )
 
     def check(self) -> None:
         """Prove that entries, versions, leases and pool agree."""

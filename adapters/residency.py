@@ -9,6 +9,7 @@ polls, so that it can start.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from itertools import takewhile
 
@@ -34,7 +35,8 @@ class Residency:
         self.host_evictions = 0
         self.by_slot: dict[int, Version] = {}
         self.hosted: dict[Version, None] = {}  # in host memory, without a slot, and somebody waits for them
-        self._filling: dict[Version, None] = {}
+        self.copy_seconds: list[float] = []
+        self._filling: dict[Version, float] = {}  # since when
         self._closing: set[int] = set()
         self._head: Lease | None = None
         self._blocked = 0  # polls that the head has been blocked
@@ -167,7 +169,7 @@ class Residency:
             assert version.slot is not None
             budget -= self.pool.fill(version.slot, budget)
             if self.pool.is_resident(version.slot):
-                del self._filling[version]
+                self.copy_seconds.append(time.monotonic() - self._filling.pop(version))
                 self.look(version)
                 self.pool.set_pinned(version.slot, version.entry.pinned and not version.retired)
                 self._changed(version)
@@ -225,7 +227,7 @@ class Residency:
         version.slot = self.pool.reserve(version.host)
         del self.hosted[version]
         self.by_slot[version.slot] = version
-        self._filling[version] = None
+        self._filling[version] = time.monotonic()
         self._changed(version)
 
     def _evict(self, version: Version) -> None:

@@ -50,6 +50,20 @@ def test_what_was_evicted_comes_back_without_the_disk(drive: Any, names: str, tm
     assert loads(driver) == 0
 
 
+def test_where_adapters_are_is_told(drive: Any, names: str) -> None:
+    driver = drive(max_slots=2, host_memory=3 * EACH)
+    for name in "abca":
+        driver.end(driver.start(name))
+    driver.settle()
+    tiers = driver.manager.tiers()
+    assert tiers.adapters == {"device": 2, "host": 1, "disk": 1} and tiers.on_device == ("a", "c")
+    assert tiers.bytes == {"device": 2 * EACH, "host": 3 * EACH}
+    driver.end(driver.request("a", "b", "d"))
+    counters = driver.manager.take_counters()
+    assert counters.found == {"disk": 4, "host": 2, "device": 1}
+    assert len(counters.copy_seconds) == 4 and counters.evictions == 2
+
+
 def test_the_one_asked_for_longest_ago_goes_first(drive: Any, names: str) -> None:
     driver = drive(max_slots=1, host_memory=3 * EACH)
     for name in names:
