@@ -18,7 +18,7 @@ from lorry.adapters.lease import Entry, Lease, Part, Version
 from lorry.adapters.library import Library
 from lorry.adapters.watch import Held, Looks, Watch
 
-INTERVAL = 2.0  # seconds between two looks
+INTERVAL = 1.0  # seconds between two looks
 _AT_ONCE = 16  # changes that one poll makes known
 _REFRESHES = 2  # replacements under way, so that they do not stand in the way of requests' loads
 
