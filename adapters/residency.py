@@ -41,6 +41,7 @@ class Residency:
         self._head: Lease | None = None
         self._blocked = 0  # polls that the head has been blocked
         self._polls = 0
+        self._polled = time.monotonic()
         self._grants: dict[Lease, int] = {}  # leases that got room: the poll at which it is open to others again
         self._changed = changed
         self._evicted = evicted
@@ -139,7 +140,9 @@ class Residency:
     def _let_in(self, fail: Callable[[Lease, AdapterError], None]) -> None:
         self._polls += 1
         self._grants = {lease: end for lease, end in self._grants.items() if end > self._polls}
-        budget = self._fill(self.pool.uploads.budget)
+        now = time.monotonic()
+        budget = self._fill(self.pool.uploads.budget(now - self._polled))
+        self._polled = now
         while budget > 0:
             head = self._next_head()
             if head is not self._head:

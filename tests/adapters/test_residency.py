@@ -36,7 +36,7 @@ def test_the_least_recently_used_goes(drive: Any, write_adapter: Any, tmp_path: 
 
 def test_copies_are_bounded(drive: Any, write_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_adapter(tmp_path / "a", sites=SITES, rank=33)
-    driver = drive(uploads=AtOnce(20_000))
+    driver = drive(uploads=AtOnce(20_000, 20_000))
     fill, copied = driver.pool.fill, []
     monkeypatch.setattr(driver.pool, "fill", lambda slot, budget: copied.append(fill(slot, budget)) or copied[-1])
     lease = driver.start("a")
