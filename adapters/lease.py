@@ -33,8 +33,8 @@ class Version:
     """One content of an adapter, wherever its bytes are: `slot` on the device, `host` in memory, else on disk.
 
     A content that was evicted and read again may have another revision, as long as no lease has started on it.
-    candidate: loads to replace the current version. loading: queued or being read. files: of what state it was read, or
-    was tried last.
+    candidate: loads to replace the current version, and no other than `replaces`, if that is set.
+    loading: queued or being read. files: their state when it was read, or when they were tried last.
     """
 
     entry: Entry
@@ -47,6 +47,7 @@ class Version:
     host: CanonicalAdapter | None = None
     loading: bool = False
     candidate: bool = False
+    replaces: Version | None = None
     retired: bool = False
     files: FilesState | None = None
     leases: dict[Lease, None] = field(default_factory=dict)  # in the order of their requests

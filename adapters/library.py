@@ -112,6 +112,10 @@ class Library:
 
     def _end_load(self, version: Version, loaded: Loaded) -> None:
         entry = version.entry
+        if version.replaces not in (None, entry.current):
+            for lease in list(version.leases):
+                self.fail(lease, AdapterError("the adapter was replaced meanwhile", entry.id))
+            return
         entry.error = loaded.error.message if loaded.error is not None else ""
         if loaded.adapter is not None:
             version.describe(loaded.adapter)

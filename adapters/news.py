@@ -100,7 +100,7 @@ class News:
             self._library.residency.drop(current)
             self._register.touch(entry)
         else:
-            part = Part(Version(entry, current.place, candidate=True), 1.0, None)
+            part = Part(Version(entry, current.place, candidate=True, replaces=current), 1.0, None)
             self._refreshes.append(self._library.lease([part], internal=True))
 
     def _ended(self, lease: Lease) -> bool:

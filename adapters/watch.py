@@ -26,6 +26,7 @@ from lorry.adapters.files import Place
 log = logging.getLogger(__name__)
 
 _NICENESS = 10
+_CLOSING = 1.0  # seconds that a look may take to end; on a dead network folder it never does
 _REST = 0.001  # seconds, between two parts of a list: the step loop gets the interpreter back
 
 
@@ -119,7 +120,7 @@ class Watch:
     def close(self) -> None:
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join()
+            self._thread.join(_CLOSING)
             self._thread = None
 
     def _run(self) -> None:

@@ -225,6 +225,26 @@ def test_unload_while_a_change_is_read(drive: Any, write_adapter: Any, tmp_path:
     assert ids(driver) == [] and driver.pool.bytes_used == 0
 
 
+def test_a_replacement_by_command_counts_more_than_a_change(drive: Any, write_adapter: Any, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", seed=1)
+    mine = write_adapter(tmp_path / "mine", seed=3)
+    driver = drive(host_memory=1 << 20)
+    lease = driver.start("a")
+    write_adapter(tmp_path / "a", seed=2)
+    driver.look(1)
+    news = driver.manager._news
+    driver.manager.load(1, "a", "mine", replace=True)
+    news._next = 0.0
+    driver.until(lambda: news._refreshes)
+    assert driver.answer(1).error is None
+    driver.settle()
+    new = driver.start("a")
+    assert_serves(driver, new, mine)
+    driver.end(lease, new)
+    driver.settle()
+    assert driver.manager.get("a").error == ""
+
+
 def test_thousands_of_folders_come_in_parts(drive: Any, tmp_path: Path) -> None:
     driver = drive()
     for number in range(3000):
