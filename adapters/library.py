@@ -62,7 +62,7 @@ class Library:
         lease = Lease(next(self._orders), parts, internal)
         for version in lease.versions():
             if not internal:
-                tier = DEVICE if version.slot is not None else HOST if version.host is not None else DISK
+                tier = self._tier_of(version)
                 self.counters.found[tier] = self.counters.found.get(tier, 0) + 1
             version.leases[lease] = None
             self._want(version)
@@ -80,6 +80,11 @@ class Library:
         """The lease can never be ready; whoever asks is told."""
         lease.error, lease.absent = error, False
         self.release(lease)
+
+    def _tier_of(self, version: Version) -> str:
+        if version.slot is not None and self.pool.is_resident(version.slot):
+            return DEVICE
+        return HOST if version.has_content else DISK
 
     # ---------------------------------------------------------------- loads
 

@@ -191,7 +191,7 @@ class AdapterManager:
     def tiers(self) -> Tiers:
         """Where adapters are, and how much memory they take."""
         residency, tier = self._library.residency, self._library.tier
-        on_device = {version.entry.id for version in residency.by_slot.values()}
+        on_device = {v.entry.id for slot, v in residency.by_slot.items() if self.pool.is_resident(slot)}
         in_host = {version.entry.id for version in tier.versions()} - on_device
         on_disk = max(0, len(self._register.entries) - len(on_device) - len(in_host))
         return Tiers(
