@@ -34,6 +34,7 @@ import typer
 from load import drive
 from registered import (
     ColdStart,
+    Drawn,
     Registered,
     ask,
     cold_start,
@@ -118,9 +119,9 @@ def rounds(plan: Plan) -> tuple[list[Registered], dict[str, Any]]:
             server = stack.enter_context(started(plan.model, catalog, log, plan.server_options(port)))
             servers[count] = server, f"http://127.0.0.1:{port}/metrics"
             starts[str(count)] = {"seconds": round(server.seconds, 2), "bytes": memory(server.pid)}
-            forget_pages(catalog)
         size = vocab_size(servers[plan.counts[0]][0].target)
         check(servers[max(plan.counts)][0].target, plan, size)
+        forget_pages(write_catalog(plan.base, plan.root, max(plan.counts), plan.rank, plan.files))
         with Progress(console=console, transient=True) as progress:
             total = plan.workload.requests * len(results) * (plan.repeats + 1)
             task = progress.add_task("requests", total=total)
@@ -313,7 +314,7 @@ def main(
     if replot is not None:
         draw(json.loads(replot.read_text()), replot.with_suffix(".png"))
         return
-    workload = Workload(
+    workload = Drawn(
         streams=streams,
         requests=2 * streams if quick else requests,
         prompt_tokens=prompt_tokens,

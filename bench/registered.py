@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 from load import Percentiles, RequestTimes, percentiles, stream_request
 from prometheus_client.parser import text_string_to_metric_families
 from workload import Workload, adapter_name, linear_shapes, write_adapters
@@ -37,6 +38,18 @@ PLACES = {
     adapter_pb2.ADAPTER_STATE_REGISTERED: "cold",
 }
 """What an adapter is called by where it was when its request was sent: on the device, in host memory, on disk."""
+
+
+class Drawn(Workload):
+    """Uniform means drawn at random, not dealt round: who is asked for next is not who was asked for longest ago."""
+
+    def adapter_of(self) -> list[int | None]:
+        if self.popularity != "uniform":
+            return super().adapter_of()
+        drawn: list[int | None] = (
+            np.random.default_rng([self.seed, 4]).integers(self.adapters, size=self.requests).tolist()
+        )
+        return drawn
 
 
 def layout_of(model: Path) -> ModelLayout:
@@ -79,6 +92,7 @@ def forget_pages(folder: Path) -> None:
     """Ask the system to drop a folder's files from its cache, so that reading them is reading the disk."""
     for path in folder.rglob(WEIGHTS_NAME):
         with path.open("rb") as file:
+            os.fsync(file.fileno())  # what is not written yet is not dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

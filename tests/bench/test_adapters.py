@@ -81,3 +81,31 @@ def test_adapters_that_share_files_are_revisions_of_their_own(model: Path, tmp_p
     inodes = {(path / "adapter_model.safetensors").stat().st_ino for path in folder.iterdir()}
     assert len(inodes) == 2
     assert registered.write_catalog(model, tmp_path / "root", 5, 8, 2) == folder
+
+
+def test_floors() -> None:
+    bench = importlib.import_module("adapters")
+    registered, cold = importlib.import_module("registered"), importlib.import_module("registered").ColdStart
+    latencies = importlib.import_module("bystanders").Latencies
+    results = [
+        registered.Registered(count, popularity, [speed, 1.0, 500.0])
+        for count, speed in ((8, 100.0), (64, 90.0), (2000, 69.0))
+        for popularity in ("uniform", "zipf")
+    ]
+    aside = bench.Beside(
+        latencies({"p99": 40.0}, {"p99": 49.0}, 9, 9.0),
+        cold(20, {"p50": 700.0}, {"p50": 250.0}),
+        cold(20, {"p50": 900.0}, {"p50": 250.0}),
+        4.9,
+        int(201e6),
+    )
+    found = bench.figures(results, aside)
+    assert found["many_over_few"] == {"measured": 0.69, "at least": 0.7, "reached": False}
+    assert {name: row["reached"] for name, row in found.items() if name != "many_over_few"} == {
+        "bystanders_p99_more": True,
+        "cold_more_ms": True,
+        "cold_beside_streams_more_ms": False,
+        "register_seconds": True,
+        "register_bytes": False,
+    }
+    assert "many_over_few" not in bench.figures(results[:2], aside)
