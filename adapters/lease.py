@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lorry.adapters.canonical import CanonicalAdapter
+from lorry.adapters.catalog import FilesState
 from lorry.adapters.errors import AdapterError
 from lorry.adapters.files import Place
 from lorry.adapters.segments import Combo
@@ -32,7 +33,8 @@ class Version:
     """One content of an adapter, wherever its bytes are: `slot` on the device, `host` in memory, else on disk.
 
     A content that was evicted and read again may have another revision, as long as no lease has started on it.
-    candidate: loads to replace the current version. loading: queued or being read.
+    candidate: loads to replace the current version, and no other than `replaces`, if that is set.
+    loading: queued or being read. files: their state when it was read, or when they were tried last.
     """
 
     entry: Entry
@@ -47,8 +49,10 @@ class Version:
     host: CanonicalAdapter | None = None
     loading: bool = False
     candidate: bool = False
+    replaces: Version | None = None
     retired: bool = False
-    leases: set[Lease] = field(default_factory=set)
+    files: FilesState | None = None
+    leases: dict[Lease, None] = field(default_factory=dict)  # in the order of their requests
 
     @property
     def has_content(self) -> bool:
@@ -102,6 +106,7 @@ class Lease:
     """A request's hold on its adapters. order: of arrival; internal: a command's, not a request's.
 
     pinned: its pages may not go now; started: they were pinned once, so the revisions are fixed from then on.
+    absent: some of its adapters are not on the device and on their way, so that there is no need to ask for more.
     """
 
     order: int
@@ -109,6 +114,7 @@ class Lease:
     internal: bool = False
     pinned: bool = False
     started: bool = False
+    absent: bool = True
     error: AdapterError | None = None
 
     @property

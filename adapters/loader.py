@@ -19,6 +19,7 @@ import torch
 
 from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter, canonicalise
+from lorry.adapters.catalog import FilesState, files_state
 from lorry.adapters.checkpoint import read_linears
 from lorry.adapters.errors import AdapterError, MalformedAdapter
 from lorry.adapters.files import Place, read_adapter
@@ -49,12 +50,16 @@ def load_adapter(
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """The end of one load: `adapter` or `error`; `seconds` on disk and in checks. `token` is the submitter's."""
+    """The end of one load: `adapter` or `error`; `seconds` on disk and in checks. `token` is the submitter's.
+
+    files: their state before they were read; what it says of the content holds unless they have another state now.
+    """
 
     token: int
     adapter: CanonicalAdapter | None
     error: AdapterError | None
     seconds: float
+    files: FilesState | None = None
 
 
 class Loader:
@@ -98,8 +103,9 @@ class Loader:
         while (job := self._jobs.get()) is not None:
             token, place = job
             begun = time.monotonic()
+            files = files_state(place.folder)
             adapter, error = self._load(place)
-            self._done.put(Loaded(token, adapter, error, time.monotonic() - begun))
+            self._done.put(Loaded(token, adapter, error, time.monotonic() - begun, files))
 
     def _load(self, place: Place) -> tuple[CanonicalAdapter | None, AdapterError | None]:
         try:

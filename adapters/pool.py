@@ -10,6 +10,7 @@ waits for what there, is the matter of `uploads.py`: tables change in the order 
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
@@ -131,6 +132,17 @@ class PagePool:
     def ever_fits(self, demand: Demand, slots: int) -> bool:
         """Whether an empty pool could hold `slots` adapters that take `demand`."""
         return slots <= self.max_slots and self._slabs.ever_fits(demand)
+
+    def room(self) -> int:
+        """How many adapters of rank 16 on every linear an empty pool could hold."""
+        counts = [0] * len(self._classes)
+        for _, site in self.layout.linears():
+            counts[self._kind[site]] += 1
+
+        def too_many(number: int) -> bool:
+            return not self.ever_fits(tuple(number * count for count in counts), number)
+
+        return bisect_left(range(1, self.max_slots + 1), True, key=too_many)
 
     def too_small(self, demand: Demand) -> PoolTooSmall:
         """The error for a demand that never fits; it names both sizes, in bytes."""

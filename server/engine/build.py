@@ -93,6 +93,11 @@ def adapter_memory(config: EngineConfig, types: Types) -> int:
     return config.adapter_memory or (2 * GIB if types.on_gpu else 256 * MIB)
 
 
+def adapter_host_memory(config: EngineConfig, types: Types) -> int:
+    """Bytes for checked adapters in host memory."""
+    return 2 * adapter_memory(config, types) if config.adapter_host_memory is None else config.adapter_host_memory
+
+
 def token_budget(config: EngineConfig, types: Types) -> int:
     """Tokens of a step."""
     return config.token_budget or (2048 if types.on_gpu else 256)
@@ -119,7 +124,8 @@ def build_engine(
     pool = PagePool(layout, adapter_memory(config, types), types.adapter_dtype, types.device)
     roots = tuple(Path(root) for root in config.adapter_roots)
     folder = None if config.adapters_dir is None else Path(config.adapters_dir)
-    desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool, DecoderWeights(decoder)))
+    host_memory = adapter_host_memory(config, types)
+    desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool, DecoderWeights(decoder), host_memory))
 
     bytes_per_block = block_bytes(model.layers, model.kv_heads, model.head_dim, types.kv_dtype)
     if start is None:

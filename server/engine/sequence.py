@@ -37,6 +37,11 @@ class Lease(Protocol):
         """Valid while the lease is pinned."""
         ...
 
+    @property
+    def absent(self) -> bool:
+        """Whether adapters are on their way, so that the lease cannot be ready."""
+        ...
+
 
 class Status(enum.Enum):
     WAITING = "waiting"  # has never run
@@ -52,6 +57,7 @@ class Request:
     lease: None for the base
     adapters, namespace: of what the request runs on, with revisions; void before `resolve`. The namespace has no
         adapters where they are not invoked
+    wants: ids of its adapters
     combo: what tokens from `namespace.start` on use, the base before; valid while a sequence runs
     pending: indices of sequences that are not born yet; the first sequence carries the prompt for all of them
     """
@@ -62,6 +68,7 @@ class Request:
         self.prompt = message.prompt_token_ids
         self.order = order
         self.lease = lease
+        self.wants = tuple(ref.id for ref in message.adapters)
         self.adapters: tuple[AdapterRef, ...] = ()
         self.namespace = Namespace()
         self.combo: Combo = ()

@@ -112,6 +112,7 @@ def test_folders_are_noticed_later(drive: Any, write_adapter: Any, tmp_path: Pat
     write_adapter(tmp_path / "later")
     driver.end(driver.start("later"))
     write_adapter(tmp_path / "other")
+    driver.look()
     assert [info.id for info in driver.manager.list()] == ["later", "other"]
     for name in ("", "..", "a/b", "x" * 65):
         with pytest.raises(UnknownAdapter):

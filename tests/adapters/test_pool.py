@@ -195,6 +195,17 @@ def test_compaction_moves_pages_that_are_in_use() -> None:
         assert_holds(pool.pages, held, content)
 
 
+def test_room_for_adapters_of_rank_16() -> None:
+    one = adapter(0, dict.fromkeys(LAYOUT.linears(), 16))
+    for capacity, slots in ((0, 7), (one.nbytes * 5, 7), (one.nbytes * 50, 7), (one.nbytes * 50, 64)):
+        pool = PagePool(LAYOUT, capacity, max_slots=slots)
+        filled = 0
+        while pool._free_slots and pool.make_room(pool.demand([one])) == []:
+            pool.reserve(one)
+            filled += 1
+        assert pool.room() == filled <= slots
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_pool_that_just_holds_one(dtype: torch.dtype) -> None:
     one = adapter(1, {(0, "down_proj"): 16}, dtype)

@@ -16,7 +16,7 @@ from lorry.server.cache.prefix import PrefixIndex
 from lorry.server.engine.batch import combo_runs
 from lorry.server.engine.messages import AdapterRef, Generate, SamplingParams, StoppingParams
 from lorry.server.engine.plan import Plan, first_share
-from lorry.server.engine.scheduler import PROTECT_AFTER, Limits, Scheduler
+from lorry.server.engine.scheduler import MOST_UNREADY, PROTECT_AFTER, Limits, Scheduler
 from lorry.server.engine.sequence import Request, Sequence, Status
 from lorry.server.errors import AlreadyExists, InvalidField, LorryError, MalformedAdapter, OutOfMemory, PromptTooLong
 
@@ -27,6 +27,7 @@ class SlotLease:
     slots: dict[str, int]
     pins: int = 0
     released: bool = False
+    absent: bool = False
 
     @property
     def revisions(self) -> tuple[str, ...]:
@@ -329,6 +330,28 @@ def test_one_that_waits_for_its_adapter_blocks_nobody() -> None:
     house.submit("same", adapter="a", new=1)
     house.step()
     assert sorted(house.ended) == ["base", "same"]
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_thousands_that_wait_for_their_adapters_delay_nobody(absent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """absent: all wait for adapters that are not there; else for one that is there and lets nobody in for now."""
+    house = House(slots=2)
+    house.submit("first", adapter="there", new=100)
+    house.step()
+    house.step()
+    ready, asked = house.residency.ready, []
+    monkeypatch.setattr(
+        house.residency, "ready", lambda lease: asked.append(lease) or (lease.adapter == "there" and ready(lease))
+    )
+    for number in range(3000):
+        house.submit(str(number), adapter=str(number) if absent else "closed")
+    for lease in house.residency.leases:
+        lease.absent = absent and lease.adapter != "there"
+    house.submit("last", adapter="there", new=1)
+    house.submit("base", new=1)
+    plan = house.step()
+    assert sorted(house.ended) == ["base", "last"] and len(plan.pieces) == 3
+    assert len(asked) <= MOST_UNREADY + 2, "the time of a plan is bounded"
 
 
 def test_a_broken_adapter_fails_its_request_only() -> None:
