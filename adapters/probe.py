@@ -9,6 +9,7 @@ for a few of the adapted linears and random x. The two share neither the reader 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -70,11 +71,16 @@ def probe(
     ours, theirs = torch.cat(served), torch.cat(reference)
     largest = float(theirs.abs().max()) or 1.0
     rms = float(theirs.square().mean().sqrt()) or 1.0
-    max_error = float((ours - theirs).abs().max()) / largest
-    rms_error = float((ours - theirs).square().mean().sqrt()) / rms
+    max_error = _finite(float((ours - theirs).abs().max()) / largest)
+    rms_error = _finite(float((ours - theirs).square().mean().sqrt()) / rms)
     bound = max(torch.finfo(pool.dtype).eps, 1e-5)
     within = max_error <= 4 * bound and rms_error <= bound
     return Probe(tuple(layout.module_path(*linear) for linear in chosen), max_error, rms_error, within)
+
+
+def _finite(error: float) -> float:
+    """The largest number in the place of one that JSON cannot hold: numbers that float32 cannot hold were summed."""
+    return error if math.isfinite(error) else sys.float_info.max
 
 
 def reference_update(

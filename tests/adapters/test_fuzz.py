@@ -28,6 +28,7 @@ from lorry.adapters.files import Place
 from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.loader import load_adapter
 from lorry.adapters.matching import TIME_LIMIT, Matcher
+from lorry.adapters.report import report_on
 from lorry.adapters.spec import AdapterSpec
 from lorry.adapters.strict_json import parse_object
 from lorry.adapters.tensor_file import parse_tensors
@@ -295,6 +296,17 @@ def test_what_is_mutated_is_good(put: Callable[[bytes, bytes], bool]) -> None:
 )
 def test_folders(put: Callable[[bytes, bytes], bool], config: bytes, weights: bytes) -> None:
     put(config, weights)
+
+
+@fuzz(20)
+@given(config=mutated_json(json.loads(GOOD[0])))
+def test_reports(folder: Path, layout: ModelLayout, config: Any) -> None:
+    """A report on any folder, whose numbers are finite where it is not refused."""
+    (folder / CONFIG).write_text(json.dumps(config))
+    (folder / WEIGHTS).write_bytes(GOOD[1])
+    place = Place(folder, (folder.parent,))
+    report = report_on(place, layout, torch.bfloat16, RandomBase(layout), lambda: "ab" * 32)
+    assert json.dumps(report.as_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CORPUS.iterdir() if path.suffix != ".md"))

@@ -97,6 +97,13 @@ def test_a_wrong_scale_is_found(adapters: Path, base: AdapterCheck, monkeypatch:
     assert error is not None and "differs from the reference" in error.message
 
 
+def test_numbers_that_overflow_are_found(lora: Path, base: AdapterCheck) -> None:
+    weights = lora / "adapter_model.safetensors"
+    save_file({name: tensor * 1e25 for name, tensor in load_file(weights).items()}, weights)
+    report = base.report(lora)
+    assert report.refused and json.dumps(report.as_json(), allow_nan=False)
+
+
 def test_methods_without_a_reference_are_not_probed(lora: Path, base: AdapterCheck) -> None:
     config = json.loads((lora / "adapter_config.json").read_text())
     (lora / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "olora"}))
