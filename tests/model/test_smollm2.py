@@ -12,7 +12,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -108,6 +108,48 @@ def test_an_activated_lora_equals_peft(
     engine.close()
     assert tools.relative_rms(actual, expected) < 1e-4
     assert torch.equal(actual[:start], base[:start]) and not torch.isclose(actual[start:], base[start:]).all()
+
+
+def test_gains_and_shifts_equal_peft(
+    decoder: Decoder, tokenizer: Tokenizer, smollm2_folder: Path, tmp_path: Path, tools: Any
+) -> None:
+    """DoRA, rsLoRA with biases of B, and the base in one batch, over the quantized base itself."""
+    ids = tokenizer.encode(PROSE[:300]).ids
+    configs = {
+        "dora": {"r": 8, "use_dora": True, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]},
+        "lora_bias": {
+            "r": 5,
+            "use_rslora": True,
+            "lora_bias": True,
+            "target_modules": ["k_proj", "v_proj", "gate_proj"],
+        },
+    }
+    model, generator = dequantized(smollm2_folder), torch.Generator().manual_seed(3)
+    expected = [tools.reference_logits(model, [ids])[0]]
+    for name, config in configs.items():
+        peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+        for parameter in (parameter for parameter in peft.parameters() if parameter.requires_grad):
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_magnitude = parameter.dim() == 1 and name == "dora"
+            parameter.data = parameter.data * (1 + 0.1 * noise) if is_magnitude else 0.03 * noise
+        peft.save_pretrained(str(tmp_path / name))
+        expected.append(tools.reference_logits(peft, [ids])[0])
+        model = peft.unload()
+
+    config = EngineConfig(kv_dtype="float32", adapter_dtype="float32", kv_memory=32 * MIB, adapters_dir=str(tmp_path))
+    engine = LocalEngine(decoder, config)
+    greedy, scored = SamplingParams(temperature=0.0), {"logprobs": 0, "prompt_logprobs_from": 1}
+    asked = [
+        Generate(str(number), ids, greedy, StoppingParams(0), adapters, **scored)
+        for number, adapters in enumerate([(), *((AdapterRef(name),) for name in configs)])
+    ]
+    answers = engine.generate(*asked)
+    engine.close()
+    for answer, logits in zip(answers, expected, strict=True):
+        actual = torch.tensor([each.logprob for each in answer.prompt_logprobs or ()])
+        theirs = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
+        assert tools.relative_rms(actual, theirs) < 1e-4
+    assert tools.relative_rms(expected[1], expected[0]) > 0.02 and tools.relative_rms(expected[2], expected[0]) > 0.02
 
 
 def test_it_knows_its_capitals(decoder: Decoder, tokenizer: Tokenizer, tools: Any) -> None:
