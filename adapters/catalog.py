@@ -93,8 +93,8 @@ class Catalog:
         return found
 
     def find(self, adapter_id: str) -> Place | None:
-        """The adapter's sub-folder; None when there is none below the roots."""
-        if self._folder is None or not is_valid_id(adapter_id):
+        """The adapter's sub-folder; None when there is none below the roots, or it is hidden."""
+        if self._folder is None or not is_valid_id(adapter_id) or adapter_id.startswith("."):
             return None
         return self._place(self._folder / adapter_id)
 

@@ -43,6 +43,8 @@ class Version:
     rank: int = 0
     target_modules: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
+    additive: bool = True
+    invocation_tokens: tuple[int, ...] = ()
     slot: int | None = None
     host: CanonicalAdapter | None = None
     loading: bool = False
@@ -64,6 +66,7 @@ class Version:
     def describe(self, adapter: CanonicalAdapter) -> None:
         self.revision, self.rank = adapter.revision, adapter.rank
         self.target_modules, self.methods = adapter.target_modules, adapter.methods
+        self.additive, self.invocation_tokens = adapter.additive, adapter.invocation_tokens
 
 
 @dataclass(eq=False, slots=True)
@@ -127,6 +130,11 @@ class Lease:
     def revisions(self) -> tuple[str, ...]:
         """Of each adapter, in the request's order; fixed from the first pin on, before that "" when still unread."""
         return tuple(part.version.revision for part in self.parts)
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        """Of a lease on one activated LoRA, which no mix has; of any other (). Known as soon as the revisions are."""
+        return self.parts[0].version.invocation_tokens if self.parts else ()
 
     def versions(self) -> list[Version]:
         """Each version once."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import Catalog
-from lorry.adapters.errors import AdapterError, RevisionMismatch
+from lorry.adapters.errors import AdapterError, MixRefused, RevisionMismatch
 from lorry.adapters.host import HostTier
 from lorry.adapters.lease import Entry, Lease, Part, Version
 from lorry.adapters.loader import Loaded, Loader
@@ -23,26 +24,36 @@ from lorry.adapters.residency import Residency
 _READS_AHEAD = 2  # handed to the loader at a time; later ones stay open to reordering
 
 
-def mismatch(part: Part) -> RevisionMismatch | None:
-    """The error of a part whose content is not the revision that its request insists on."""
+def unfit(part: Part, parts: Sequence[Part]) -> AdapterError | None:
+    """Why one of a lease's parts, whose content is known, cannot serve it.
+
+    It is not the revision that the request insists on; an activated LoRA in a mix, which acts from some token on; or
+    one with gains or biases of its own, of which there is no multiple, in a mix or with a weight.
+    """
     wanted, actual = part.wanted, part.version.revision
-    if wanted is None or wanted == actual:
-        return None
     name = part.version.entry.id
-    message = f"the adapter {name} has revision {actual}, not {wanted[:64]!r}"
-    return RevisionMismatch(message, name, expected=wanted[:64], actual=actual)
+    if wanted is not None and wanted != actual:
+        message = f"the adapter {name} has revision {actual}, not {wanted[:64]!r}"
+        return RevisionMismatch(message, name, expected=wanted[:64], actual=actual)
+    if part.version.invocation_tokens and len(parts) > 1:
+        message = f"adapters: {name} is an activated LoRA (alora_invocation_tokens), which is served alone, in no mix"
+        return MixRefused(message, "adapters")
+    if not part.version.additive and (len(parts) > 1 or part.weight != 1):
+        methods = ", ".join(part.version.methods)
+        return MixRefused(f"adapters: {name} ({methods}) is served alone and with weight 1, in no mix", "adapters")
+    return None
 
 
 class Library:
     """Leases and loads; the entries are in `register`, the device's side in `residency`."""
 
-    def __init__(self, catalog: Catalog, pool: PagePool, host_memory: int) -> None:
+    def __init__(self, catalog: Catalog, pool: PagePool, base: BaseWeights, host_memory: int) -> None:
         self.pool = pool
         self.register = Register(catalog, pool)
         self.tier = HostTier(host_memory)
         self.residency = Residency(pool, self.tier, lambda version: self.register.touch(version.entry), self._lost)
         self.counters = Counters()
-        self._loader = Loader(pool.layout, pool.dtype)
+        self._loader = Loader(pool.layout, pool.dtype, base)
         self._to_load: dict[Version, None] = {}
         self._reading: dict[int, Version] = {}
         self._tokens = itertools.count()
@@ -129,7 +140,7 @@ class Library:
         if loaded.adapter is not None:
             version.describe(loaded.adapter)
         for lease in list(version.leases):
-            error = loaded.error or _mismatch(lease, version)
+            error = loaded.error or _unfit(lease, version)
             if error is not None:
                 self.fail(lease, error)
         if version.leases and loaded.adapter is not None:
@@ -206,7 +217,7 @@ class Library:
                     part.version = target
             source.leases.pop(lease, None)
             target.leases[lease] = None
-            error = _mismatch(lease, target) if target.has_content else None
+            error = _unfit(lease, target) if target.has_content else None
             if error is not None:
                 self.fail(lease, error)
         target.leases = dict.fromkeys(sorted(target.leases, key=lambda lease: lease.order))
@@ -251,6 +262,7 @@ def _oldest(version: Version) -> int:
     return next(iter(version.leases)).order
 
 
-def _mismatch(lease: Lease, version: Version) -> RevisionMismatch | None:
+def _unfit(lease: Lease, version: Version) -> AdapterError | None:
     """The first error of the lease's parts that are served by `version`."""
-    return next((error for part in lease.parts if part.version is version and (error := mismatch(part))), None)
+    parts = lease.parts
+    return next((error for part in parts if part.version is version and (error := unfit(part, parts))), None)

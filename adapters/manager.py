@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lorry.adapters.base import BaseWeights
 from lorry.adapters.catalog import Catalog, is_valid_id
 from lorry.adapters.errors import AdapterExists, MalformedAdapter, UnknownAdapter
 from lorry.adapters.lease import AdapterReference, Lease, Part, Version
-from lorry.adapters.library import Library, mismatch
+from lorry.adapters.library import Library, unfit
 from lorry.adapters.news import News
 from lorry.adapters.pool import PagePool
 from lorry.adapters.records import DEVICE, DISK, HOST, AdapterChanged, AdapterInfo, AdapterReply, Counters, Tiers
@@ -39,9 +40,9 @@ class AdapterManager:
     host_memory: bytes for contents in host memory, those on the device that have a copy there among them (`host.py`).
     """
 
-    def __init__(self, catalog: Catalog, pool: PagePool, host_memory: int = 0) -> None:
+    def __init__(self, catalog: Catalog, pool: PagePool, base: BaseWeights, host_memory: int = 0) -> None:
         self.pool = pool
-        self._library = Library(catalog, pool, host_memory)
+        self._library = Library(catalog, pool, base, host_memory)
         self._register = self._library.register
         self._news = News(self._library)
         self._tasks: list[_Task] = []
@@ -61,14 +62,12 @@ class AdapterManager:
     def request(self, refs: Iterable[AdapterReference]) -> Lease:
         """A hold on adapters, by id; those that are not resident start loading.
 
-        Raises UnknownAdapter, or RevisionMismatch where the revision is known already.
+        Raises UnknownAdapter, or RevisionMismatch and MixRefused where the content is known already.
         """
-        parts = []
-        for ref in refs:
-            part = Part(self._register.known(ref.id).current, ref.weight, ref.revision)
-            if part.version.has_content and (error := mismatch(part)):
+        parts = [Part(self._register.known(ref.id).current, ref.weight, ref.revision) for ref in refs]
+        for part in parts:
+            if part.version.has_content and (error := unfit(part, parts)):
                 raise error
-            parts.append(part)
         return self._library.lease(parts)
 
     def ready(self, lease: Lease) -> bool:

@@ -57,6 +57,8 @@ class EngineConfig:
     """Folder whose sub-folders are adapters under their own names; None: none are registered at start."""
     adapter_roots: tuple[str, ...] = ()
     """Folders below which LoadAdapter may find adapters; `adapters_dir` is always one of them."""
+    allow_base_mismatch: bool = False
+    """Serve adapters that name another base's fingerprint, with a warning; off: they are refused."""
     max_running: int = 64
     """Most sequences in one batch."""
     max_waiting: int = 1024

@@ -28,6 +28,7 @@ from lorry.server.engine.report import Report
 from lorry.server.engine.sequence import Combo, Lease
 from lorry.server.errors import (
     AlreadyExists,
+    InvalidField,
     LorryError,
     MalformedAdapter,
     NotFound,
@@ -47,6 +48,7 @@ _KINDS: dict[type[theirs.AdapterError], type[LorryError]] = {
     theirs.WrongBase: WrongBase,
     theirs.RevisionMismatch: RevisionMismatch,
     theirs.AdapterExists: AlreadyExists,
+    theirs.MixRefused: InvalidField,
     theirs.PoolTooSmall: OutOfMemory,
 }
 _RESULTS = {"success": "ok", "failure": "error"}
@@ -65,7 +67,7 @@ class AdapterDesk:
         return self.manager.busy
 
     def request(self, refs: Sequence[AdapterRef]) -> Lease | None:
-        """A lease on a request's adapters, None for the base; raises NotFound, RevisionMismatch."""
+        """A lease on a request's adapters, None for the base; raises NotFound, RevisionMismatch, InvalidField."""
         if not refs:
             return None
         try:

@@ -70,6 +70,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     cache_salt: str = ""
     arrival: float = 0.0  # time.time() in the frontend
     deadline: float | None = None  # time.time() after which nobody waits for the answer
+    prompt_end: int | None = None  # tokens of the client's prompt, where others to be scored follow; None: all
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -268,6 +269,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     block_size: int
     adapter_pages: int
     kernels: str  # which launchers serve: "native", "native-int16", "reference", "triton"
+    base_fingerprint: str = ""  # of the quantized linears; "" where they are random
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -172,7 +172,8 @@ class Scheduler:
             return
         while (end := (sequence.registered + 1) * BLOCK_SIZE) <= min(piece.end, sequence.computed):
             block = sequence.table.blocks[sequence.registered]
-            sequence.node = self.index.insert(sequence.node, sequence.tokens(end - BLOCK_SIZE, end), block)
+            parent = sequence.request.namespace.before(sequence.registered, sequence.node)
+            sequence.node = self.index.insert(parent, sequence.tokens(end - BLOCK_SIZE, end), block)
             sequence.registered += 1
 
     def _decode(self, plan: Plan) -> None:
@@ -275,7 +276,7 @@ class Scheduler:
         if request.lease is not None:
             if not self._runs(request):
                 self.residency.pin(request.lease)
-            request.combo = request.lease.combo
+            request.combo = request.lease.combo if request.namespace.adapters else ()
         self._admitted += 1
         self.waiting.remove(sequence)
         sequence.status = Status.RUNNING

@@ -27,6 +27,7 @@ from lorry.kernels.lora import SITES
 sys.path.insert(0, str(Path(__file__).parent))  # random_adapters.py and fake_device.py serve several tests here
 
 from fake_device import FakeDevice
+from random_adapters import NoBase
 
 PATIENCE = 60.0  # seconds; only a hang takes that long
 
@@ -120,7 +121,7 @@ class Driver:
             pool["uploads"] = Beside(self.device.steps, self.device.copies, ring)
         self.pool = PagePool(layout, capacity, **pool)
         self.pool.pages.arena.fill_(torch.nan)
-        self.manager = AdapterManager(Catalog(folder), self.pool, host_memory)
+        self.manager = AdapterManager(Catalog(folder), self.pool, NoBase(), host_memory)
         self.events: list[AdapterChanged] = []
         self.replies: dict[int, AdapterReply] = {}
 

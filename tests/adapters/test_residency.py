@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_adapters import NoBase
 
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import PoolTooSmall
@@ -141,7 +142,7 @@ def test_many_streams_of_many_adapters_over_a_small_pool(
         write_adapter(tmp_path / f"a{index}", sites=sites, rank=rng.choice([1, 8, 16, 17, 30]), seed=index)
     driver = drive(140_000, max_slots=5, lagging=lagging, host_memory=host_memory)
     manager = driver.manager
-    read = [load_adapter(place, layout, torch.bfloat16) for place in Catalog(tmp_path).scan().values()]
+    read = [load_adapter(place, layout, torch.bfloat16, NoBase()) for place in Catalog(tmp_path).scan().values()]
     contents = {adapter.revision: adapter.linears for adapter in read}
     to_come = [rng.sample(range(12), rng.choice([1, 1, 1, 2])) for _ in range(64)]
     waiting: list[Lease] = []

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator
 from lorry.server.cache.prefix import PrefixIndex
+from lorry.server.engine.batch import combo_runs
 from lorry.server.engine.messages import AdapterRef, Generate, SamplingParams, StoppingParams
 from lorry.server.engine.plan import Plan, first_share
 from lorry.server.engine.scheduler import MOST_UNREADY, PROTECT_AFTER, Limits, Scheduler
@@ -31,6 +32,11 @@ class SlotLease:
     @property
     def revisions(self) -> tuple[str, ...]:
         return ("r",)
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        """An adapter named "1x" is invoked by token 1."""
+        return (int(self.adapter[0]),) if self.adapter[0].isdigit() else ()
 
     @property
     def combo(self) -> tuple[tuple[int, float], ...]:
@@ -163,7 +169,7 @@ class House:
                 written.add(slot)
         prefill = sum(piece.end - piece.start for piece in plan.pieces)
         assert prefill <= max(self.token_budget, len(plan.pieces) + BLOCK_SIZE)
-        combos = [piece.sequence.request.combo for piece in plan.pieces]
+        combos = [combo_runs([piece])[-1][1] for piece in plan.pieces]
         assert sum(a != b for a, b in itertools.pairwise(combos)) == max(0, len(set(combos)) - 1)
         for piece in plan.pieces:
             self.scheduler.launched(piece)
@@ -223,7 +229,7 @@ def test_every_request_ends_whatever_happens(
                     random_.choice([1, 2, 17, 40]),
                     n=random_.choice([1, 1, 1, 2, 3]),
                     priority=random_.choice([0, 0, 1, -1]),
-                    adapter=random_.choice(["", "", "a", "b", "c", "broken"]),
+                    adapter=random_.choice(["", "", "a", "b", "0x", "1y", "broken"]),
                     score_from=random_.choice([None, None, 0, 5, 16]),
                 )
                 names.append(name)

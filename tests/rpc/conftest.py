@@ -59,6 +59,7 @@ MODEL = ModelInfo(
     block_size=16,
     adapter_pages=55,
     kernels="native",
+    base_fingerprint="fedcba9876543210" * 4,
 )
 
 
