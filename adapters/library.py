@@ -47,7 +47,7 @@ def unfit(part: Part, parts: Sequence[Part]) -> AdapterError | None:
 class Library:
     """Leases and loads; the entries are in `register`, the device's side in `residency`."""
 
-    def __init__(self, catalog: Catalog, pool: PagePool, base: BaseWeights, host_memory: int = 0) -> None:
+    def __init__(self, catalog: Catalog, pool: PagePool, base: BaseWeights, host_memory: int) -> None:
         self.pool = pool
         self.register = Register(catalog, pool)
         self.tier = HostTier(host_memory)
@@ -99,13 +99,17 @@ class Library:
 
     # ---------------------------------------------------------------- loads
 
-    def start_loads(self) -> None:
+    def start_loads(self, running: int = 0) -> None:
         """Hand the contents that the oldest leases wait for to the loader.
+
+        Urgently, when they are as many as there are sequences running: these are then not slower than all together
+        would be. 16 streams of 200 adapters, room for 16, other processes on both cores: 50 → 79 tokens/s, 47 → 77.
 
         What waits for room in host memory comes to the pool's size at most; beyond that, only what the oldest of all
         waiting leases lacks is read.
         """
         while self._to_load and len(self._reading) < _READS_AHEAD:
+            urgent = len(self._to_load) + len(self._reading) >= running
             version = min(self._to_load, key=_oldest)
             hosted = min(map(_oldest, self.residency.hosted), default=_oldest(version))
             if self.residency.hosted_bytes() >= self.pool.capacity_bytes and _oldest(version) > hosted:
@@ -113,7 +117,7 @@ class Library:
             del self._to_load[version]
             token = next(self._tokens)
             self._reading[token] = version
-            self._loader.submit(token, version.place)
+            self._loader.submit(token, version.place, urgent)
 
     def end_loads(self) -> None:
         """Take what the loader has finished."""

@@ -1,6 +1,7 @@
 """From disk to host memory in the background: read, hash, check, cut into pages.
 
-One thread of low priority; the engine thread hands in places and collects results between two steps, and never waits.
+Two threads; the engine thread hands in places and collects results between two steps, and never waits. The patient one
+has a low priority, so that the forward pass keeps its cores; the urgent one has not.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lorry.adapters.tensor_file import parse_tensors
 
 log = logging.getLogger(__name__)
 
-_NICENESS = 10  # of the loading thread: the forward pass keeps its cores
+_NICENESS = {"adapter-loader": 10, "adapter-loader-urgent": 0}
 
 
 def load_adapter(
@@ -62,24 +63,48 @@ class Loaded:
     files: FilesState | None = None
 
 
+class _Lane:
+    """A queue of places to load, and a thread that takes them one by one."""
+
+    def __init__(self, name: str, load: Callable[[int, Place], None]) -> None:
+        self._name = name
+        self._load = load
+        self._jobs: queue.SimpleQueue[tuple[int, Place] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, token: int, place: Place) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        self._jobs.put((token, place))
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        if hasattr(os, "setpriority") and _NICENESS[self._name]:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS[self._name])
+        while (job := self._jobs.get()) is not None:
+            self._load(*job)
+
+
 class Loader:
-    """A queue of places to load and a queue of what came of them."""
+    """Places to load, and a queue of what came of them."""
 
     def __init__(self, layout: ModelLayout, dtype: torch.dtype, base: BaseWeights) -> None:
         self._layout = layout
         self._base = base
         self._dtype = dtype
-        self._jobs: queue.SimpleQueue[tuple[int, Place] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._patient, self._urgent = (_Lane(name, self._run) for name in _NICENESS)
         self._warned: set[tuple[Path, str]] = set()
 
-    def submit(self, token: int, place: Place) -> None:
+    def submit(self, token: int, place: Place, urgent: bool = False) -> None:
         """Load `place`; a `Loaded` with `token` follows."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
-            self._thread.start()
-        self._jobs.put((token, place))
+        (self._urgent if urgent else self._patient).submit(token, place)
 
     def results(self) -> list[Loaded]:
         """What has ended since the last call; returns at once."""
@@ -91,21 +116,15 @@ class Loader:
                 return done
 
     def close(self) -> None:
-        """End the thread after the load that it is at."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
+        """End the threads after the loads that they are at."""
+        self._patient.close()
+        self._urgent.close()
 
-    def _run(self) -> None:
-        if hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        while (job := self._jobs.get()) is not None:
-            token, place = job
-            begun = time.monotonic()
-            files = files_state(place.folder)
-            adapter, error = self._load(place)
-            self._done.put(Loaded(token, adapter, error, time.monotonic() - begun, files))
+    def _run(self, token: int, place: Place) -> None:
+        begun = time.monotonic()
+        files = files_state(place.folder)
+        adapter, error = self._load(place)
+        self._done.put(Loaded(token, adapter, error, time.monotonic() - begun, files))
 
     def _load(self, place: Place) -> tuple[CanonicalAdapter | None, AdapterError | None]:
         try:

@@ -163,13 +163,16 @@ class AdapterManager:
 
     # ---------------------------------------------------------------- once a step
 
-    def poll(self) -> Sequence[AdapterReply | AdapterChanged]:
-        """End loads, copy a bounded number of bytes, answer commands; what has happened since the last call."""
+    def poll(self, running: int = 0) -> Sequence[AdapterReply | AdapterChanged]:
+        """End loads, copy a bounded number of bytes, answer commands; what has happened since the last call.
+
+        running: sequences in the batch, with adapters or without.
+        """
         self._news.step()
         self._library.end_loads()
         self._library.residency.step(self._library.fail)
         self._tasks = [task for task in self._tasks if not self._answer(task)]
-        self._library.start_loads()
+        self._library.start_loads(running)
         events: Sequence[AdapterReply | AdapterChanged] = [*self._replies, *self._register.changes()]
         self._replies = []
         return events

@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import torch
 from load import Percentiles, RequestTimes, percentiles, stream_request
 from prometheus_client.parser import text_string_to_metric_families
 from workload import Workload, adapter_name, linear_shapes, write_adapters
@@ -61,7 +62,8 @@ def layout_of(model: Path) -> ModelLayout:
 
 def pool_bytes(layout: ModelLayout, adapters: int, rank: int) -> int:
     """Bytes of the least arena that holds so many adapters of a rank on all linears, within a percent."""
-    sizes = sorted({layout.page_elements(site) for site in layout.sites})
+    vectors = {layout.vector_elements(site, torch.bfloat16) for site in layout.sites}
+    sizes = sorted(vectors | {layout.page_elements(site) for site in layout.sites})
     counts = [sum(layout.page_elements(site) == size for _, site in layout.linears()) for size in sizes]
     demand = tuple(count * -(-rank // 16) * adapters for count in counts)
     capacity = sum(number * size for number, size in zip(demand, sizes, strict=True))

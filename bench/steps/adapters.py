@@ -5,6 +5,7 @@ A folder that holds an adapter is read as ever.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from steps.sizes import rank_of
 from torch import Tensor
 
 from lorry.adapters import loader
+from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter, CanonicalLinear, page_count
 from lorry.adapters.files import Place
 from lorry.adapters.layout import ModelLayout
@@ -43,9 +45,16 @@ class RandomAdapters:
     def remove(self) -> None:
         loader.load_adapter = self._read
 
-    def _load(self, place: Place, layout: ModelLayout, dtype: torch.dtype) -> CanonicalAdapter:
+    def _load(
+        self,
+        place: Place,
+        layout: ModelLayout,
+        dtype: torch.dtype,
+        base: BaseWeights,
+        warn: Callable[[str], object] = str,
+    ) -> CanonicalAdapter:
         if (place.folder / CONFIG_NAME).exists():
-            return self._read(place, layout, dtype)
+            return self._read(place, layout, dtype, base, warn)
         return self.make(place.folder.name, layout, dtype)
 
     def make(self, adapter: str, layout: ModelLayout, dtype: torch.dtype) -> CanonicalAdapter:

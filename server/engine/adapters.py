@@ -117,7 +117,7 @@ class AdapterDesk:
 
     def poll(self, report: Report, outbox: list[EngineMessage]) -> None:
         """Once a step: let loads go on, tell what has changed, count."""
-        for event in self.manager.poll():
+        for event in self.manager.poll(len(report.scheduler.running)):
             match event:
                 case records.AdapterReply(call_id, adapter, error):
                     infos = [] if adapter is None else [_info(adapter)]

@@ -20,7 +20,7 @@ ADAPTERS = 14
 class InLine(Loader):
     """Loads at once, one for each poll, so that a life depends on its seed alone."""
 
-    def submit(self, token: int, place: Any) -> None:
+    def submit(self, token: int, place: Any, urgent: bool = False) -> None:
         adapter, error = self._load(place)
         self._done.put(Loaded(token, adapter, error, 0.0))
 
@@ -84,6 +84,23 @@ def test_the_oldest_gets_in_soon(
         driver.poll()
     assert started > 150
     assert longest <= LONGEST + PATIENCE + 8, "the oldest waited longer than the streams before it last"
+
+
+@pytest.mark.parametrize(("running", "urgent"), [(0, [True] * 3), (2, [True, True, False]), (9, [False] * 3)])
+def test_loads_are_urgent_when_as_many_wait_as_run(
+    drive: Any, write_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: int, urgent: list[bool]
+) -> None:
+    for number in range(3):
+        write_adapter(tmp_path / f"a{number}", seed=number)
+    driver = drive()
+    asked: list[bool] = []
+    submit = InLine.submit
+    monkeypatch.setattr(InLine, "submit", lambda self, *job: asked.append(job[2]) or submit(self, *job))
+    leases = [driver.request(f"a{number}") for number in range(3)]
+    for _ in range(3):
+        driver.manager.poll(running)
+    assert asked == urgent
+    driver.end(*leases)
 
 
 def test_a_mix_gets_in_although_its_parts_are_wanted_alone(drive: Any, write_adapter: Any, tmp_path: Path) -> None:
