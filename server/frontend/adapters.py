@@ -177,9 +177,18 @@ class EngineAdapters:
     async def _fetch_again(self, command: LoadAdapter) -> None:
         """What a new engine could not read of an adapter that was fetched comes from its source once more."""
         try:
-            await self.load(command.id, command.path, pin=command.pin, replace=True)
+            fetched = await self._fetched(command.id, command.path, replace=True)
+            before = self._journal.get(command.id, ())
+            if command not in before:  # unloaded or replaced meanwhile
+                return
+            again = msgspec.structs.replace(command, call_id=next(self._calls), fetched=fetched)
+            await self._call(again)
         except LorryError as error:
             logger.warning("adapter %s is not as it was before the restart: %s", command.id, error)
+            return
+        self._journal[command.id] = (msgspec.structs.replace(again, call_id=0), *before[1:])
+        for each in before[1:]:
+            self._repeat(each)
 
     async def _call(self, command: AdapterCommand) -> Infos:
         self._check_up()

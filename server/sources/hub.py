@@ -17,7 +17,7 @@ class Folder:
 
     def __init__(self, source: Source) -> None:
         import huggingface_hub
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
         self._hub = huggingface_hub
