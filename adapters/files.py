@@ -28,10 +28,20 @@ _ENTRIES_SEEN = 1000  # of a folder without weights, to say what is there instea
 
 @dataclass(frozen=True)
 class Place:
-    """Where an adapter lies: its real folder, and the real roots that its files must not leave."""
+    """Where an adapter lies: its real folder, and the real roots that its files must not leave.
+
+    revision: the only one that its content may have, "" where any may be.
+    """
 
     folder: Path
     roots: tuple[Path, ...]
+    revision: str = ""
+
+    @classmethod
+    def named_by_revision(cls, folder: str) -> Place:
+        """A folder that was fetched, whose name is its revision."""
+        path = Path(os.path.realpath(folder))
+        return cls(path, (path.parent,), path.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +85,8 @@ def read_adapter(place: Place, max_weight_bytes: int) -> AdapterFiles:
         if _state(os.stat(place.folder / name)) != _state(status):
             raise _changed(name)
     revision = revision_of(((CONFIG_NAME, config), (WEIGHTS_NAME, weights)))
+    if place.revision not in ("", revision):
+        raise MalformedAdapter("what was fetched of the adapter is damaged by now: load it again, with replace")
     return AdapterFiles(config, weights, header, revision)
 
 

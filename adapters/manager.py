@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from lorry.adapters.base import BaseWeights
 from lorry.adapters.catalog import Catalog, is_valid_id
 from lorry.adapters.errors import AdapterExists, MalformedAdapter, UnknownAdapter
+from lorry.adapters.files import Place
 from lorry.adapters.lease import AdapterReference, Lease, Part, Version
 from lorry.adapters.library import Library, unfit
 from lorry.adapters.news import News
@@ -98,8 +99,11 @@ class AdapterManager:
         expected_revision: str | None = None,
         pin: bool = False,
         replace: bool = False,
+        fetched: str = "",
     ) -> None:
         """Register the folder at `path`, below a root, under an id and bring it to the device; `poll` answers.
+
+        fetched: the folder to take in its stead, which bears its revision's name.
 
         An id that is taken needs `replace`; a registered folder that nobody uses and that is not on the device may be
         loaded without, and is read again. While a replacement loads, requests go on with the present content; if it is
@@ -111,7 +115,7 @@ class AdapterManager:
             raise MalformedAdapter(f"id is {adapter_id[:80]!r}, [A-Za-z0-9._-]{{1,64}} is expected", "id")
         if adapter_id == self.pool.layout.base:
             raise AdapterExists(f"{adapter_id} is the base model's name", adapter_id)
-        place = self._register.catalog.resolve(path)
+        place = Place.named_by_revision(fetched) if fetched else self._register.catalog.resolve(path)
         entry = self._register.entries.get(adapter_id)
         if entry is None or entry.unloaded:
             version = self._register.add(adapter_id, place, provisional=True).current

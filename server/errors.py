@@ -56,6 +56,10 @@ class OutOfMemory(LorryError):
     """This request alone can never fit into the memory it needs."""
 
 
+class SourceUnavailable(LorryError):
+    """An adapter's source does not answer as it should; another attempt may succeed."""
+
+
 class QueueFull(LorryError):
     """The server holds as many requests as it may."""
 

@@ -94,7 +94,12 @@ def list_adapters(
 @app.command("load")
 def load(
     id: Annotated[str, typer.Argument(help="The id that requests will use.")],
-    path: Annotated[str, typer.Argument(help="The PEFT folder, below one of the server's adapter roots.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="The PEFT folder below one of the server's adapter roots, or an address that it allows: hf://org/name."
+        ),
+    ],
     server: Server = DEFAULT_SERVER,
     revision: Annotated[
         str | None, typer.Option(help="Refuse another revision than this one.", show_default=False)

@@ -100,7 +100,13 @@ class AdapterDesk:
             match command:
                 case LoadAdapter(call_id, id, path):
                     self.manager.load(
-                        call_id, id, path, command.expected_revision, pin=command.pin, replace=command.replace
+                        call_id,
+                        id,
+                        path,
+                        command.expected_revision,
+                        pin=command.pin,
+                        replace=command.replace,
+                        fetched=command.fetched,
                     )
                     return
                 case PinAdapter(call_id, id, pinned):

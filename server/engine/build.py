@@ -12,6 +12,7 @@ from lorry.adapters.catalog import Catalog
 from lorry.adapters.manager import AdapterManager
 from lorry.adapters.pool import PagePool
 from lorry.adapters.segments import build_segments
+from lorry.adapters.tensor_file import MAX_HEADER_BYTES
 from lorry.kernels import native
 from lorry.kernels.nf4_linear import Products
 from lorry.server.cache.block_table import BlockTable
@@ -213,6 +214,7 @@ def describe(config: EngineConfig, types: Types, engine: Engine) -> ModelInfo:
         adapter_pages=engine.adapters.manager.pool.pages_total,
         kernels=_kernels(types),
         base_fingerprint=decoder.fingerprint,
+        max_weights_bytes=decoder.layout.max_weight_bytes() + MAX_HEADER_BYTES,
     )
 
 

@@ -87,6 +87,7 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     expected_revision: str | None = None
     pin: bool = False
     replace: bool = False
+    fetched: str = ""  # where what `path` names, no local folder, lies by now: a folder that bears its revision's name
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
@@ -270,6 +271,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     adapter_pages: int
     kernels: str  # which launchers serve: "native", "native-int16", "reference", "triton"
     base_fingerprint: str = ""  # of the quantized linears; "" where they are random
+    max_weights_bytes: int = 0  # of an adapter's file of tensors
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

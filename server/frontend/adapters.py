@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,14 +18,16 @@ from lorry.server.engine.messages import (
     AdapterEvent,
     AdapterInfo,
     AdapterReply,
+    AdapterState,
     Command,
     GetAdapters,
     LoadAdapter,
     PinAdapter,
     UnloadAdapter,
 )
-from lorry.server.errors import LorryError, from_wire
+from lorry.server.errors import AlreadyExists, EngineUnavailable, LorryError, from_wire
 from lorry.server.frontend.interface import AdapterChange, ChangeKind
+from lorry.server.sources.address import is_address
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +55,17 @@ class _Watcher:
 class EngineAdapters:
     """See `interface.Adapters`."""
 
-    def __init__(self, send: Callable[[Command], None], check_up: Callable[[], None]) -> None:
-        """`check_up` raises EngineUnavailable while there is no engine."""
+    def __init__(
+        self,
+        send: Callable[[Command], None],
+        check_up: Callable[[], None],
+        fetch: Callable[[str], Awaitable[str]] | None = None,
+    ) -> None:
+        """`check_up` raises EngineUnavailable while there is no engine; `fetch`: address → local folder."""
         self._send = send
         self._check_up = check_up
+        self._fetch = fetch
+        self._fetching_again: set[asyncio.Task[None]] = set()
         self._calls = itertools.count(1)
         self._open: dict[int, asyncio.Future[Infos]] = {}
         self._mirror: dict[str, AdapterInfo] = {}
@@ -67,11 +76,17 @@ class EngineAdapters:
     async def load(
         self, id: str, path: str, *, expected_revision: str | None = None, pin: bool = False, replace: bool = False
     ) -> AdapterInfo:
-        command = LoadAdapter(next(self._calls), id, path, expected_revision, pin, replace)
+        fetched = await self._fetched(id, path, replace)
+        command = LoadAdapter(next(self._calls), id, path, expected_revision, pin, replace, fetched)
         (info,) = await self._call(command)
         # its revision is not part of what is repeated: the folder may have been replaced since
-        self._journal[id] = (LoadAdapter(0, id, path, pin=pin, replace=True),)
+        self._journal[id] = (LoadAdapter(0, id, path, pin=pin, replace=True, fetched=fetched),)
         return info
+
+    def close(self) -> None:
+        """Fetch nothing again."""
+        for task in self._fetching_again:
+            task.cancel()
 
     async def unload(self, id: str) -> AdapterInfo:
         command = UnloadAdapter(next(self._calls), id)
@@ -156,6 +171,33 @@ class EngineAdapters:
 
     # ---------------------------------------------------------------- inside
 
+    async def _fetched(self, id: str, path: str, replace: bool) -> str:
+        """The folder that an address was fetched to; "" for a path below the local roots, which the engine knows."""
+        if not is_address(path) or self._fetch is None:
+            return ""
+        self._check_up()
+        known = self._mirror.get(id)
+        if known is not None and known.state is not AdapterState.DRAINING and not replace:
+            message = f"the adapter {id} exists; replace loads another in its place"
+            raise AlreadyExists(message, resource_type="adapter", resource_name=id)
+        return await self._fetch(path)
+
+    async def _fetch_again(self, command: LoadAdapter) -> None:
+        """What a new engine could not read of an adapter that was fetched comes from its source once more."""
+        try:
+            fetched = await self._fetched(command.id, command.path, replace=True)
+            before = self._journal.get(command.id, ())
+            if command not in before:  # unloaded or replaced meanwhile
+                return
+            again = msgspec.structs.replace(command, call_id=next(self._calls), fetched=fetched)
+            await self._call(again)
+        except LorryError as error:
+            logger.warning("adapter %s is not as it was before the restart: %s", command.id, error)
+            return
+        self._journal[command.id] = (msgspec.structs.replace(again, call_id=0), *before[1:])
+        for each in before[1:]:
+            self._repeat(each)
+
     async def _call(self, command: AdapterCommand) -> Infos:
         self._check_up()
         future = self._expect(command)
@@ -174,7 +216,13 @@ class EngineAdapters:
         again = msgspec.structs.replace(command, call_id=next(self._calls))
 
         def done(future: asyncio.Future[Infos]) -> None:
-            if not future.cancelled() and (error := future.exception()) is not None:
+            if future.cancelled() or (error := future.exception()) is None:
+                return
+            if isinstance(command, LoadAdapter) and command.fetched and not isinstance(error, EngineUnavailable):
+                task = asyncio.get_running_loop().create_task(self._fetch_again(command))
+                self._fetching_again.add(task)
+                task.add_done_callback(self._fetching_again.discard)
+            else:
                 logger.warning("adapter %s is not as it was before the restart: %s", command.id, error)
 
         self._expect(again).add_done_callback(done)

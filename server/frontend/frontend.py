@@ -21,6 +21,7 @@ from lorry.server.engine.messages import AdapterRef, EngineMessage, Loading, Mod
 from lorry.server.errors import DeadlineExceeded, Draining, EngineUnavailable, InvalidField
 from lorry.server.frontend import tokenizer as tokenizers
 from lorry.server.frontend.adapters import EngineAdapters
+from lorry.server.frontend.downloads import Downloads
 from lorry.server.frontend.engine_process import COMMAND, EngineFailed, EngineProcess
 from lorry.server.frontend.handle import Handle
 from lorry.server.frontend.interface import Load, State
@@ -71,6 +72,7 @@ class EngineFrontend:
         on_loading: Callable[[Loading], None] = lambda loading: None,
         command: Sequence[str] = COMMAND,
         load_tokenizer: Callable[[ServerConfig, Ready], Tokenizer] = _load_tokenizer,
+        downloads: Downloads | None = None,
     ) -> None:
         """`on_loading`: progress of each start of the engine. `command`: how the engine is started."""
         self._config = config
@@ -93,7 +95,8 @@ class EngineFrontend:
             backoff_max=config.restart_backoff_max,
             command=command,
         )
-        self._adapters = EngineAdapters(self._engine.send, self._check_up)
+        self._downloads = downloads or Downloads(config.engine.adapter_sources)
+        self._adapters = EngineAdapters(self._engine.send, self._check_up, self._fetch_adapter)
         self._requests = Requests(self._engine.send, self._metrics, config.engine.max_waiting, self._check_drained)
         self._start_time = time.time()
 
@@ -162,6 +165,8 @@ class EngineFrontend:
         self._requests.abort_all()
         if self._drain_timer is not None:
             self._drain_timer.cancel()
+        self._downloads.close()
+        self._adapters.close()
         await self._engine.stop(at_once)
 
     def drain(self, timeout: float | None = None) -> int:
@@ -296,6 +301,10 @@ class EngineFrontend:
         if self._tokenizer is None:
             raise EngineUnavailable("the model is being loaded")
         return self._tokenizer
+
+    async def _fetch_adapter(self, address: str) -> str:
+        self._check_serving()
+        return await self._downloads.fetch(address, self.model_info.max_weights_bytes)
 
     def _check_up(self) -> None:
         if not self._engine_up:

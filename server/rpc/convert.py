@@ -256,7 +256,7 @@ def load_adapter(request: adapter_pb2.LoadAdapterRequest) -> tuple[str, str, str
     """A LoadAdapterRequest → id, path, expected revision; the engine says whether the path is allowed."""
     adapter_id = fields.adapter_id("id", request.id)
     if not request.path or "\0" in request.path or len(request.path.encode()) > 4096:
-        raise refuse("path", request.path, "a folder below an adapter root, at most 4096 bytes")
+        raise refuse("path", request.path, "a folder below an adapter root or an address, at most 4096 bytes")
     if not request.HasField("expected_revision"):
         return adapter_id, request.path, None
     return adapter_id, request.path, fields.revision("expected_revision", request.expected_revision)

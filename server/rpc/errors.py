@@ -83,6 +83,7 @@ TABLE: dict[type[errors.LorryError], Row] = {
     errors.RevisionMismatch: Row(_Code.FAILED_PRECONDITION, (_precondition,)),
     errors.AlreadyExists: Row(_Code.ALREADY_EXISTS, (_resource,)),
     errors.OutOfMemory: Row(_Code.RESOURCE_EXHAUSTED, (_quota, _retry(10))),
+    errors.SourceUnavailable: Row(_Code.UNAVAILABLE, (_retry(10),)),
     errors.QueueFull: Row(_Code.UNAVAILABLE, (_retry(1),)),
     errors.Draining: Row(_Code.UNAVAILABLE, (_retry(5),)),
     errors.EngineUnavailable: Row(_Code.UNAVAILABLE, (_retry(2),)),

@@ -477,3 +477,25 @@ def test_a_pin_passes_to_the_replacement(drive: Any, write_adapter: Any, tmp_pat
     for name in ("a", "b", "v2", "a"):
         driver.end(driver.start(name))
     assert driver.manager.get("x").state is State.DEVICE
+
+
+def test_a_fetched_folder_is_held_to_the_revision_in_its_name(drive: Any, write_adapter: Any, tmp_path: Path) -> None:
+    """It lies outside the roots; what goes of it is read again, unless it is damaged by then."""
+    content = write_adapter(tmp_path / "known")
+    driver = drive()
+    driver.end(driver.start("known"))
+    revision = driver.manager.get("known").revision
+    folder = tmp_path.parent / f"{tmp_path.name}-store" / revision
+    folder.parent.mkdir()
+    shutil.copytree(tmp_path / "known", folder)
+    driver.manager.load(1, "a", "hf://org/name", fetched=str(folder), expected_revision="0" * 64)
+    assert isinstance(driver.answer(1).error, RevisionMismatch)
+    driver.manager.load(2, "a", "hf://org/name", fetched=str(folder))
+    assert driver.answer(2).adapter.revision == revision
+    lease = driver.start("a")
+    assert_serves(driver, lease, content)
+    driver.end(lease)
+    write_adapter(folder, seed=1)
+    driver.manager.load(3, "b", "hf://org/name", fetched=str(folder))
+    error = driver.answer(3).error
+    assert isinstance(error, MalformedAdapter) and "damaged by now: load it again" in error.message

@@ -31,11 +31,13 @@ def serving(tokenizer):
     @asynccontextmanager
     async def serve(script="", **options):
         limits = {key: options.pop(key) for key in ("max_waiting",) if key in options}
+        downloads = options.pop("downloads", None)
         config = ServerConfig(engine=EngineConfig(model=script, **limits), restart_backoff=0.05, **options)
         frontend = EngineFrontend(
             config,
             command=(sys.executable, str(HERE / "fake_engine.py")),
             load_tokenizer=lambda config, ready: tokenizer,
+            downloads=downloads,
         )
         try:
             await frontend.start()

@@ -41,6 +41,7 @@ MODEL = m.ModelInfo(
     block_size=16,
     adapter_pages=13,
     kernels="reference",
+    max_weights_bytes=1000,
 )
 ECHO, FOREVER, DIE, STALL, REFUSE = 1, 2, 3, 4, 5
 

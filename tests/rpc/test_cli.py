@@ -220,6 +220,7 @@ def test_serve_has_an_option_for_every_setting(monkeypatch: pytest.MonkeyPatch) 
     assert {parameter.name for parameter in config_options.parameters()} == names - {"engine"}
     arguments = (
         "serve --model m --adapters d --adapter-root x --adapter-root y --kv-memory 3MiB --adapter-memory 5MiB "
+        "--adapter-source hf://org "
         "--metrics-port 0 --threads 2 --dtype bfloat16 --log-format json --drain-timeout 1.5"
     )
     assert runner.invoke(app, arguments.split()).exit_code == 0
@@ -227,12 +228,18 @@ def test_serve_has_an_option_for_every_setting(monkeypatch: pytest.MonkeyPatch) 
         model="m",
         adapters_dir="d",
         adapter_roots=("x", "y"),
+        adapter_sources=("hf://org",),
         kv_memory=3 << 20,
         adapter_memory=5 << 20,
         threads=2,
         dtype="bfloat16",
     )
     assert built.pop() == ServerConfig(engine=engine, metrics_port=0, log_format="json", drain_timeout=1.5)
+
+
+def test_serve_refuses_a_wrong_source() -> None:
+    done = runner.invoke(app, ["serve", "--adapter-source", "http://example.org"])
+    assert done.exit_code == 2 and "scheme" in done.output
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["generate", "--help"], ["--version"]])

@@ -43,6 +43,7 @@ ROWS: list[tuple[errors.LorryError, grpc.StatusCode, set[str], str]] = [
     ),
     (errors.AlreadyExists("m"), _Code.ALREADY_EXISTS, {"ResourceInfo"}, "ALREADY_EXISTS"),
     (errors.OutOfMemory("m"), _Code.RESOURCE_EXHAUSTED, {"QuotaFailure", "RetryInfo"}, "OUT_OF_MEMORY"),
+    (errors.SourceUnavailable("m"), _Code.UNAVAILABLE, {"RetryInfo"}, "SOURCE_UNAVAILABLE"),
     (errors.QueueFull("m"), _Code.UNAVAILABLE, {"RetryInfo"}, "QUEUE_FULL"),
     (errors.Draining("m"), _Code.UNAVAILABLE, {"RetryInfo"}, "DRAINING"),
     (errors.EngineUnavailable("m"), _Code.UNAVAILABLE, {"RetryInfo"}, "ENGINE_UNAVAILABLE"),

@@ -38,8 +38,9 @@ ALLOWED: dict[str, set[str]] = {
         "lorry.server.observability",
         "lorry.server.engine.messages",
     },
+    "lorry.server.sources": LEAVES,
     "lorry.server.frontend": LEAVES
-    | {"lorry.server.engine.messages", "lorry.server.model", "lorry.server.observability"},
+    | {"lorry.server.engine.messages", "lorry.server.model", "lorry.server.observability", "lorry.server.sources"},
     "lorry.server.rpc": LEAVES
     | {"lorry.v1", "lorry.server.frontend", "lorry.server.engine.messages", "lorry.server.observability"},
     "lorry.server.app": LEAVES
@@ -49,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         "lorry.server.engine.messages",
         "lorry.server.observability",
     },
-    "lorry.server.commands": LEAVES | {"lorry.v1", "lorry.server.app", "lorry.server.model"},
+    "lorry.server.commands": LEAVES | {"lorry.v1", "lorry.server.app", "lorry.server.model", "lorry.server.sources"},
     "lorry.server.cli": {"lorry", "lorry.server.commands"},
 }
 

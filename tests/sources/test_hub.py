@@ -1,0 +1,162 @@
+"""Downloads from a server that speaks as much of the hub's protocol as huggingface_hub asks for; and its errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+from web_site import CONFIG, WEIGHTS
+
+from lorry.adapters import files
+from lorry.server.errors import LorryError, MalformedAdapter, NotFound, PathRefused, SourceUnavailable
+from lorry.server.sources.fetch import fetch
+from lorry.server.sources.store import FILES
+
+REVISION = files.revision_of(((FILES[0], CONFIG), (FILES[1], WEIGHTS)))
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+
+
+class Hub:
+    """The repository org/name, whose commits hold the same two files at the top and below sub/."""
+
+    def __init__(self, site: Any) -> None:
+        self.site = site
+        self.site.files, self.site.spoil = {}, self.answer
+        self.digest = hashlib.sha256(WEIGHTS).hexdigest()
+        self.told = len(WEIGHTS)
+        self.cuts = 0
+        self.commits: list[str] = []
+
+    def answer(self, handler: Any, path: str, offset: int) -> bool:
+        parts = path.split("?")[0].strip("/").split("/")
+        send = lambda value: handler.answer(200, json.dumps(value).encode(), Content_Type="application/json")
+        match parts:
+            case ["api", "models", "org", "name", "revision", revision] if revision in COMMITS:
+                send({"id": "org/name", "sha": COMMITS[revision], "siblings": []})
+            case ["api", "models", "org", "name", "paths-info", commit]:
+                self.commits.append(commit)
+                length = int(handler.headers["Content-Length"])
+                (asked,) = parse_qs(handler.rfile.read(length).decode())["paths"]
+                send([self.info(asked)])
+            case ["org", "name", "resolve", commit, *_, name] if commit in COMMITS.values() and name in FILES:
+                self.content(handler, commit, name)
+            case _:
+                handler.answer(404, b"", X_Error_Code="RepoNotFound")
+        return True
+
+    def info(self, path: str) -> dict[str, Any]:
+        if path.endswith(FILES[0]):
+            return {"type": "file", "path": path, "size": len(CONFIG), "oid": "c" * 40}
+        lfs = {"oid": self.digest, "sha256": self.digest, "size": self.told, "pointerSize": 130}
+        return {"type": "file", "path": path, "size": self.told, "oid": "d" * 40, "lfs": lfs}
+
+    def content(self, handler: Any, commit: str, name: str) -> None:
+        content = {FILES[0]: CONFIG, FILES[1]: WEIGHTS}[name]
+        begin = int(handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": commit}
+        if begin:
+            headers["Content_Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        body = content[begin:]
+        if handler.command == "GET" and name == FILES[1] and self.cuts:
+            self.cuts -= 1
+            handler.close_connection = True
+            body = body[:100_001]
+        handler.answer(206 if begin else 200, body, len(content) - begin, **headers)
+
+
+@pytest.fixture
+def hub(site: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    endpoint = f"http://127.0.0.1:{site.port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    huggingface_hub.close_session()
+    yield Hub(site)
+    huggingface_hub.close_session()
+
+
+def downloads(hub: Hub) -> list[str]:
+    return [path.rsplit("/", 1)[1] for method, path, _ in hub.site.asked if method == "GET" and "/resolve/" in path]
+
+
+@pytest.mark.parametrize(
+    ("address", "commit"),
+    [("hf://org/name", "main"), ("hf://org/name@v1", "v1"), ("hf://org/name@v1/sub", "v1")],
+)
+def test_a_repository(hub: Hub, job: Any, tmp_path: Path, address: str, commit: str) -> None:
+    assert fetch(job(address)) == fetch(job(address)) == REVISION
+    folder = tmp_path / "store/adapters" / REVISION
+    assert [(folder / name).read_bytes() for name in FILES] == [CONFIG, WEIGHTS]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sorted(downloads(hub)) == sorted(FILES), "the second time they are here"
+    assert set(hub.commits) == {COMMITS[commit]}
+
+
+def test_a_download_that_breaks_goes_on(hub: Hub, job: Any) -> None:
+    hub.cuts = 1
+    assert fetch(job("hf://org/name")) == REVISION
+
+
+def test_a_wrong_digest(hub: Hub, job: Any) -> None:
+    hub.digest = "0" * 64
+    with pytest.raises(SourceUnavailable, match="changes while it is fetched"):
+        fetch(job("hf://org/name"))
+
+
+def test_too_large(hub: Hub, job: Any) -> None:
+    hub.told = 1 << 40
+    with pytest.raises(MalformedAdapter, match="at most 326551"):
+        fetch(job("hf://org/name"))
+    assert downloads(hub) == []
+
+
+@pytest.mark.parametrize("address", ["hf://org/other", "hf://org/name@v9"])
+def test_what_is_not_there(hub: Hub, job: Any, address: str) -> None:
+    with pytest.raises(NotFound, match=f"{address} has no"):
+        fetch(job(address))
+
+
+def failing(error: type[Exception], status: int) -> Exception:
+    """An error of the library as it comes with a response."""
+    raised = error.__new__(error)
+    Exception.__init__(raised, "at https://cdn.example.org/x?signature=secret")
+    raised.response = type("Response", (), {"status_code": status})()  # type: ignore[attr-defined]
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (failing(errors.GatedRepoError, 403), PathRefused),
+        (failing(errors.RepositoryNotFoundError, 401), NotFound),
+        (failing(errors.HfHubHTTPError, 401), PathRefused),
+        (failing(errors.HfHubHTTPError, 503), SourceUnavailable),
+        (failing(errors.HfHubHTTPError, 400), SourceUnavailable),
+        (errors.LocalEntryNotFoundError("offline"), SourceUnavailable),
+        (errors.OfflineModeIsEnabled("offline"), SourceUnavailable),
+        (RuntimeError("a bug at https://cdn.example.org/x?signature=secret"), SourceUnavailable),
+    ],
+)
+def test_errors_of_the_library(
+    error: Exception,
+    ours: type[LorryError],
+    job: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    with pytest.raises(ours) as raised:
+        fetch(job("hf://org/name"))
+    assert type(raised.value) is ours
+    assert "secret" not in str(raised.value.fields) + raised.value.message + caplog.text
