@@ -47,7 +47,7 @@ def unfit(part: Part, parts: Sequence[Part]) -> AdapterError | None:
 class Library:
     """Leases and loads; the entries are in `register`, the device's side in `residency`."""
 
-    def __init__(self, catalog: Catalog, pool: PagePool, base: BaseWeights, host_memory: int) -> None:
+    def __init__(self, catalog: Catalog, pool: PagePool, base: BaseWeights, host_memory: int = 0) -> None:
         self.pool = pool
         self.register = Register(catalog, pool)
         self.tier = HostTier(host_memory)

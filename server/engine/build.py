@@ -124,8 +124,8 @@ def build_engine(
     pool = PagePool(layout, adapter_memory(config, types), types.adapter_dtype, types.device)
     roots = tuple(Path(root) for root in config.adapter_roots)
     folder = None if config.adapters_dir is None else Path(config.adapters_dir)
-    weights, host_memory = DecoderWeights(decoder), adapter_host_memory(config, types)
-    desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool, weights, host_memory))
+    host_memory = adapter_host_memory(config, types)
+    desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool, DecoderWeights(decoder), host_memory))
 
     bytes_per_block = block_bytes(model.layers, model.kv_heads, model.head_dim, types.kv_dtype)
     if start is None:

@@ -55,9 +55,9 @@ class Request:
 
     order: number of the request in this engine, by arrival
     lease: None for the base
-    wants: ids of its adapters
     adapters, namespace: of what the request runs on, with revisions; void before `resolve`. The namespace has no
         adapters where they are not invoked
+    wants: ids of its adapters
     combo: what tokens from `namespace.start` on use, the base before; valid while a sequence runs
     pending: indices of sequences that are not born yet; the first sequence carries the prompt for all of them
     """
