@@ -166,7 +166,7 @@ class Driver:
         """Poll until so many looks at the disk are over and what they saw is known."""
         news = self.manager._news
         for _ in range(times):
-            time.sleep(0.01)  # the least difference of two times of files
+            time.sleep(0.02)  # more than the least difference of two times of files
             news._next = 0.0
             self.until(lambda: news._watch.looking)
             self.until(lambda: not news._watch.looking and not news.busy)

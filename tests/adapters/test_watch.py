@@ -22,6 +22,21 @@ from lorry.adapters.watch import Looks
 State = AdapterState
 
 
+TICK = 0.03  # seconds; the least difference of two times of files is below
+
+
+@pytest.fixture
+def write_adapter(write_adapter: Any) -> Any:
+    """The same, at another time of files than whatever was before."""
+
+    def write(*args: Any, **fields: Any) -> dict[str, Tensor]:
+        time.sleep(TICK)
+        content: dict[str, Tensor] = write_adapter(*args, **fields)
+        return content
+
+    return write
+
+
 def ids(driver: Any) -> list[str]:
     return [info.id for info in driver.manager.list()]
 
@@ -38,6 +53,7 @@ def test_two_looks_must_agree(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path)
     looks = Looks(catalog, catalog.scan().keys())
     assert looks.look([]).new == {} and looks.look([]).gone == []
+    time.sleep(TICK)
     (tmp_path / "a").rename(tmp_path / "c")
     first, second, third = looks.look([]), looks.look([]), looks.look([])
     assert (first.new, first.gone) == ({}, [])
@@ -66,7 +82,7 @@ def test_a_folder_that_stays_is_not_listed_again(tmp_path: Path, monkeypatch: py
     for _ in range(5):
         looks.look([])
     assert len(lists) == 2
-    time.sleep(0.01)
+    time.sleep(TICK)
     (tmp_path / "b").mkdir()
     assert [list(looks.look([]).new) for _ in range(4)] == [[], ["b"], [], []]
     assert len(lists) == 4
@@ -180,6 +196,7 @@ def test_a_bad_change_changes_nothing_and_the_next_one_is_tried(drive: Any, writ
     one = write_adapter(tmp_path / "a", seed=1)
     driver = drive(host_memory=1 << 20)
     lease = driver.start("a")
+    time.sleep(TICK)
     weights = tmp_path / "a" / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:100])
@@ -202,6 +219,7 @@ def test_touched_files_are_no_new_revision(drive: Any, write_adapter: Any, tmp_p
     driver = drive()
     lease = driver.start("a")
     used = driver.pool.bytes_used
+    time.sleep(TICK)
     os.utime(tmp_path / "a" / "adapter_config.json")
     driver.look(4)
     assert driver.manager.take_counters().loads == {"success": 2}, "read once more, and not again"
