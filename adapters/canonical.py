@@ -1,8 +1,9 @@
-"""The one form that the pool and the kernels know: rank pages per adapted linear, the scale kept apart.
+"""The one form that the pool and the kernels know: rank pages per adapted linear, the scale kept apart, and vectors.
 
-    Δy = s · Σ_pages (x·Aᵀ)·B,   page = A [16, K] followed by B [16, N], B stored transposed, both rows contiguous
+    y = (1 + gain) ⊙ y0 + s · Σ_pages (x·Aᵀ)·B + shift
 
-Ranks beyond a multiple of 16 are zeros. Further PEFT methods become rank pages here.
+A page is A [16, K] followed by B [16, N], B stored transposed, both rows contiguous; ranks beyond a multiple of 16 are
+zeros. What PEFT's methods make of their tensors to become this, `methods.py` says.
 """
 
 from __future__ import annotations
@@ -13,35 +14,65 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorry.adapters.checkpoint import Pairs
+from lorry.adapters.base import BaseWeights
+from lorry.adapters.checkpoint import LinearTensors
 from lorry.adapters.errors import MalformedAdapter
 from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.methods import Update, update_of
 from lorry.adapters.spec import AdapterSpec
 from lorry.adapters.tensor_file import is_finite
-from lorry.kernels.lora import PAGE_RANK, SITES
+from lorry.kernels.lora import PAGE_RANK, SITES, vector_elements
 
 
 @dataclass(frozen=True, eq=False)
 class CanonicalLinear:
-    """One adapted linear: pages [P, 16·(K+N)] in the pool's dtype and its scaling s."""
+    """One adapted linear: pages [P, 16·(K+N)] in the pool's dtype and its scaling s.
+
+    vectors: float32 [2, N], gain - 1 and shift of the outputs, or None.
+    """
 
     pages: Tensor
     scaling: float
+    vectors: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages.nbytes + self._vector_elements * self.pages.itemsize
+
+    def page(self, index: int) -> Tensor:
+        """What lies in the arena as this linear's page `index`, flat in the pool's dtype; behind the last: vectors."""
+        return self.pages[index] if index < self.pages.shape[0] else self._vector_page()
+
+    @property
+    def _vector_elements(self) -> int:
+        return 0 if self.vectors is None else vector_elements(self.vectors.shape[1], self.pages.dtype)
+
+    def _vector_page(self) -> Tensor:
+        assert self.vectors is not None
+        page = torch.zeros(self._vector_elements, dtype=self.pages.dtype)
+        page.view(torch.float32)[: self.vectors.numel()] = self.vectors.view(-1)
+        return page
 
 
 @dataclass(frozen=True, eq=False)
 class CanonicalAdapter:
-    """One revision of an adapter in host memory. rank: the largest; methods: what it is made of, such as "rslora"."""
+    """One revision of an adapter in host memory. rank: the largest; methods: what it is made of, such as "rslora".
+
+    additive: it is a sum that has a multiple: no gain, and no bias in place of the base's.
+    invocation_tokens: of an activated LoRA, which acts from the last of these in a prompt on; else empty.
+    """
 
     linears: Mapping[Linear, CanonicalLinear]
     rank: int
     target_modules: tuple[str, ...]
     methods: tuple[str, ...]
     revision: str
+    additive: bool = True
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return sum(linear.pages.nbytes for linear in self.linears.values())
+        return sum(linear.nbytes for linear in self.linears.values())
 
     def with_linears(self, linears: Mapping[Linear, CanonicalLinear]) -> CanonicalAdapter:
         """The same adapter over other pages."""
@@ -73,22 +104,43 @@ def to_pages(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return pages
 
 
+def _fits(update: Update, own: LinearTensors, dtype: torch.dtype) -> bool:
+    """Whether the update holds the file's numbers, which are finite, and `dtype` holds them all."""
+    if update.a is not own.a or update.b is not own.b:
+        return False
+    return dtype == torch.float32 or all(each is None or each.dtype == dtype for each in (own.a, own.b))
+
+
 def canonicalise(
-    pairs: Pairs, spec: AdapterSpec, layout: ModelLayout, dtype: torch.dtype, revision: str
+    tensors: Mapping[Linear, LinearTensors],
+    spec: AdapterSpec,
+    layout: ModelLayout,
+    base: BaseWeights,
+    dtype: torch.dtype,
+    revision: str,
 ) -> CanonicalAdapter:
-    """The canonical form of checked pairs; raises MalformedAdapter for values that `dtype` cannot hold."""
-    linears = {}
-    for linear, (a, b) in pairs.items():
+    """The canonical form of checked tensors; raises MalformedAdapter for values that `dtype` cannot hold."""
+    linears, rank, additive = {}, 0, True
+    for linear, own in tensors.items():
         path = layout.module_path(*linear)
-        pages = to_pages(a, b, dtype)
-        if dtype != torch.float32 and not a.dtype == b.dtype == dtype and not is_finite(pages):
+        update = update_of(linear, path, own, spec, base)
+        additive &= update.gain is None and own.bias is None
+        if update.a is None or update.b is None:
+            pages = torch.empty(0, layout.page_elements(linear[1]), dtype=dtype)
+        else:
+            pages = to_pages(update.a, update.b, dtype)
+            rank = max(rank, update.a.shape[0])
+        if not _fits(update, own, dtype) and not is_finite(pages):
             name = str(dtype).removeprefix("torch.")
             raise MalformedAdapter(f"{path} has values that are too large for the pool's {name}", path)
-        linears[linear] = CanonicalLinear(pages, spec.scaling_of(path))
+        if len(pages) or update.vectors is not None:
+            linears[linear] = CanonicalLinear(pages, update.scaling, update.vectors)
     return CanonicalAdapter(
         linears=linears,
-        rank=max(a.shape[0] for a, _ in pairs.values()),
+        rank=rank,
         target_modules=tuple(site for site in SITES if any(site == key[1] for key in linears)),
         methods=spec.methods,
         revision=revision,
+        additive=additive,
+        invocation_tokens=spec.invocation_tokens,
     )

@@ -7,13 +7,35 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from lorry.adapters.errors import PathRefused
 from lorry.adapters.files import Place, below
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MOST_FILES = 1024  # of an adapter's folder that are looked at
+_PART = 64  # names listed between two rests
+
+FilesState = tuple[tuple[str, int, int, int, int, int], ...]
+"""Of each file that may be an adapter's: name, device, inode, size, times of the last change to content and inode."""
+
+
+def files_state(folder: Path) -> FilesState | None:
+    """What must differ when the content does; None: the folder cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return tuple(
+                sorted(
+                    (entry.name, it.st_dev, it.st_ino, it.st_size, it.st_mtime_ns, it.st_ctime_ns)
+                    for entry in islice(entries, _MOST_FILES)
+                    if entry.name.startswith("adapter_")
+                    for it in (entry.stat(),)
+                )
+            )
+    except OSError:
+        return None
 
 
 def is_valid_id(adapter_id: str) -> bool:
@@ -33,19 +55,46 @@ class Catalog:
         self._folder = self._roots[0] if folder is not None else None
 
     def scan(self) -> dict[str, Place]:
-        """Every adapter of the folder, by id; hidden sub-folders and those whose name is no id are left out."""
+        """Every adapter of the folder, by id in order; none where there is no folder."""
+        return dict(sorted((self.listed() or {}).items()))
+
+    def last_change(self) -> int | None:
+        """When sub-folders were last added, removed or renamed, in nanoseconds; None where nobody can tell."""
+        try:
+            return os.stat(self._folder).st_mtime_ns if self._folder is not None else None
+        except OSError:
+            return None
+
+    def listed(self, rest: Callable[[], None] = lambda: None) -> dict[str, Place] | None:
+        """Every adapter of the folder, by id; hidden sub-folders and those whose name is no id are left out.
+
+        None: the folder cannot be listed. Only links are looked into, so that thousands of sub-folders take
+        milliseconds; `rest` is called every now and then.
+        """
         if self._folder is None:
             return {}
+        found = {}
         try:
-            names = sorted(os.listdir(self._folder))
+            with os.scandir(self._folder) as entries:
+                for number, entry in enumerate(entries, 1):
+                    if number % _PART == 0:
+                        rest()
+                    name = entry.name
+                    if name.startswith(".") or not is_valid_id(name):
+                        continue
+                    if entry.is_symlink():
+                        place = self.find(name)
+                    else:
+                        place = Place(self._folder / name, self._roots) if entry.is_dir() else None
+                    if place is not None:
+                        found[name] = place
         except OSError:
-            return {}
-        places = ((name, self.find(name)) for name in names if not name.startswith("."))
-        return {name: place for name, place in places if place is not None}
+            return None
+        return found
 
     def find(self, adapter_id: str) -> Place | None:
-        """The adapter's sub-folder; None when there is none below the roots."""
-        if self._folder is None or not is_valid_id(adapter_id):
+        """The adapter's sub-folder; None when there is none below the roots, or it is hidden."""
+        if self._folder is None or not is_valid_id(adapter_id) or adapter_id.startswith("."):
             return None
         return self._place(self._folder / adapter_id)
 

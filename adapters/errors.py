@@ -1,6 +1,7 @@
 """What can be wrong with an adapter or a request for one; the engine maps these to the server's domain errors.
 
-Messages are fit for a client's eyes: they name fields, tensors and ids, never a host path.
+Messages are fit for a client's eyes: they name fields, tensors and ids, never a host path. What strangers have named
+is escaped here where it cannot be printed, for it goes into logs, terminals and messages that hold nothing but UTF-8.
 """
 
 from __future__ import annotations
@@ -10,10 +11,16 @@ class AdapterError(Exception):
     """Base. `field`: the config field, tensor or id at fault; `details`: the values that were compared, as text."""
 
     def __init__(self, message: str, field: str = "", **details: object) -> None:
-        super().__init__(message)
-        self.message = message
-        self.field = field
-        self.details = {key: str(value) for key, value in details.items()}
+        self.message = _printable(message)
+        super().__init__(self.message)
+        self.field = _printable(field)
+        self.details = {key: _printable(str(value)) for key, value in details.items()}
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 class MalformedAdapter(AdapterError):
@@ -42,6 +49,10 @@ class RevisionMismatch(AdapterError):
 
 class AdapterExists(AdapterError):
     """The id is taken; `field` is the id."""
+
+
+class MixRefused(AdapterError):
+    """A request's adapters have no sum; `field` is the request's."""
 
 
 class PoolTooSmall(AdapterError):

@@ -2,23 +2,28 @@
 
     revision = SHA-256 over, for each file in order of name: len(name) · name · len(content) · content
 
-with lengths as 8 bytes little-endian. What is parsed is what was hashed.
+with lengths as 8 bytes little-endian. What is parsed is what was hashed. The weights' header is checked against the
+file's size before memory is taken for the rest, so that a file which only claims to be large costs nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from lorry.adapters.errors import AdapterError, MalformedAdapter, PathRefused
 from lorry.adapters.spec import CONFIG_NAME, MAX_CONFIG_BYTES
-from lorry.adapters.tensor_file import MAX_HEADER_BYTES, WEIGHTS_NAME
+from lorry.adapters.tensor_file import MAX_HEADER_BYTES, PREFIX_BYTES, WEIGHTS_NAME, Header, header_bytes, parse_header
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_ENTRIES_SEEN = 1000  # of a folder without weights, to say what is there instead
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,11 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class AdapterFiles:
-    """Contents of the two files and their revision."""
+    """Contents of the two files, what the weights' header says, and the revision."""
 
     config: bytearray
     weights: bytearray
+    header: Header
     revision: str
 
 
@@ -65,57 +71,97 @@ def below(path: Path, roots: Sequence[Path]) -> bool:
 
 def read_adapter(place: Place, max_weight_bytes: int) -> AdapterFiles:
     """Read both files; raises MalformedAdapter for missing, too large and changing ones, PathRefused for strays."""
-    config, config_state = _read(place, CONFIG_NAME, MAX_CONFIG_BYTES)
     try:
-        weights, weights_state = _read(place, WEIGHTS_NAME, max_weight_bytes + MAX_HEADER_BYTES)
+        with _opened(place, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, config_status):
+            config = _fill(file, bytearray(), config_status.st_size, CONFIG_NAME)
+    except FileNotFoundError:
+        raise MalformedAdapter(f"the folder has no {CONFIG_NAME}", CONFIG_NAME) from None
+    try:
+        with _opened(place, WEIGHTS_NAME, max_weight_bytes + MAX_HEADER_BYTES) as (file, weights_status):
+            header, weights = _read_weights(file, weights_status.st_size)
     except FileNotFoundError:
         raise _no_weights(place) from None
-    for name, state in ((CONFIG_NAME, config_state), (WEIGHTS_NAME, weights_state)):
-        if _state(os.stat(place.folder / name)) != state:
-            raise MalformedAdapter(f"{name} changed while it was read, try again", name)
+    for name, status in ((CONFIG_NAME, config_status), (WEIGHTS_NAME, weights_status)):
+        if _state(os.stat(place.folder / name)) != _state(status):
+            raise _changed(name)
     revision = revision_of(((CONFIG_NAME, config), (WEIGHTS_NAME, weights)))
     if place.revision not in ("", revision):
         raise MalformedAdapter("what was fetched of the adapter is damaged by now: load it again, with replace")
-    return AdapterFiles(config, weights, revision)
+    return AdapterFiles(config, weights, header, revision)
 
 
-State = tuple[int, int, int, int]
+def _read_weights(file: FileIO, size: int) -> tuple[Header, bytearray]:
+    head = _fill(file, bytearray(), min(size, PREFIX_BYTES), WEIGHTS_NAME)
+    head = _fill(file, head, PREFIX_BYTES + header_bytes(bytes(head), size), WEIGHTS_NAME)
+    header = parse_header(bytes(head), size)
+    return header, _fill(file, head, size, WEIGHTS_NAME)
 
 
-def _state(status: os.stat_result) -> State:
+def _state(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read(place: Place, name: str, max_bytes: int) -> tuple[bytearray, State]:
-    real = Path(os.path.realpath(place.folder / name))
-    if not below(real, place.roots):
-        raise PathRefused(f"{name} leads out of the adapter roots", name)
-    try:
-        # O_NONBLOCK: a pipe in place of a file must not hang the loader.
-        descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        if name == CONFIG_NAME:
-            raise MalformedAdapter(f"the folder has no {name}", name) from None
-        raise
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
+@contextmanager
+def _opened(place: Place, name: str, max_bytes: int) -> Iterator[tuple[FileIO, os.stat_result]]:
+    """The regular file `name` below the roots, and its state, which it must still have when it has been read."""
+    with _open(place, name) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise MalformedAdapter(f"{name} is not a regular file", name)
         if status.st_size > max_bytes:
             raise MalformedAdapter(
                 f"{name} has {status.st_size} bytes, an adapter of this base has at most {max_bytes}", name
             )
-        content = bytearray(status.st_size)
-        view, filled = memoryview(content), 0
-        while filled < len(content) and (count := file.readinto(view[filled:])):
-            filled += count
-        if filled < len(content) or _state(os.fstat(descriptor)) != _state(status):
-            raise MalformedAdapter(f"{name} changed while it was read, try again", name)
-    return content, _state(status)
+        yield file, status
+        if _state(os.fstat(file.fileno())) != _state(status):
+            raise _changed(name)
+
+
+def _open(place: Place, name: str) -> FileIO:
+    real = Path(os.path.realpath(place.folder / name))
+    if not below(real, place.roots):
+        raise _stray(name)
+    if not stat.S_ISREG(os.stat(real, follow_symlinks=False).st_mode):
+        raise MalformedAdapter(f"{name} is not a regular file", name)  # not opened: a device may act on that
+    # O_NONBLOCK: a pipe that has just taken the file's place must not hang the loader.
+    file = FileIO(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+    try:
+        # A folder on the way may have become a link since its real path was found; Linux tells what was opened.
+        opened = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+    except OSError:
+        return file
+    if opened != real and not below(opened, place.roots):
+        file.close()
+        raise _stray(name)
+    return file
+
+
+def _fill(file: FileIO, begun: bytearray, size: int, name: str) -> bytearray:
+    """`begun`, read on to `size` bytes."""
+    if len(begun) == size:
+        return begun
+    content = bytearray(size)
+    content[: len(begun)] = begun
+    view, filled = memoryview(content), len(begun)
+    while filled < size and (count := file.readinto(view[filled:])):
+        filled += count
+    if filled < size:
+        raise _changed(name)
+    return content
+
+
+def _stray(name: str) -> PathRefused:
+    return PathRefused(f"{name} leads out of the adapter roots", name)
+
+
+def _changed(name: str) -> MalformedAdapter:
+    return MalformedAdapter(f"{name} changed while it was read, try again", name)
 
 
 def _no_weights(place: Place) -> AdapterError:
-    others = sorted(entry.name for entry in os.scandir(place.folder) if entry.name.endswith(_PICKLES))
-    if others:
-        return MalformedAdapter(f"{others[0]} is not read, only {WEIGHTS_NAME} is", others[0])
+    with os.scandir(place.folder) as entries:
+        names = sorted(entry.name for entry in itertools.islice(entries, _ENTRIES_SEEN))
+    for name in names:
+        if name.endswith(_PICKLES):
+            return MalformedAdapter(f"{name[:80]} is not read, only {WEIGHTS_NAME} is", name[:80])
     return MalformedAdapter(f"the folder has no {WEIGHTS_NAME}", WEIGHTS_NAME)

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lorry.kernels.lora import PAGE_RANK, SITES
+import torch
+
+from lorry.kernels.lora import PAGE_RANK, SITES, vector_elements
 
 Linear = tuple[int, str]
 """One adapted linear: (layer, site)."""
@@ -22,12 +24,15 @@ class ModelLayout:
     """Shapes of the adaptable linears.
 
     layers: decoder layers. sites: site name → (K inputs, N outputs), names from `SITES`. base: the model's name,
-    which no adapter may bear as its id.
+    which no adapter may bear as its id. fingerprint: of its quantized linears, "" where nothing is to be compared;
+    allow_base_mismatch: an adapter that names another is only warned of.
     """
 
     layers: int
     sites: dict[str, tuple[int, int]]
     base: str = ""
+    fingerprint: str = ""
+    allow_base_mismatch: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.sites) - set(SITES)
@@ -41,6 +46,10 @@ class ModelLayout:
     def page_elements(self, site: str) -> int:
         """Elements of one rank page: A [16, K] and B [16, N]."""
         return PAGE_RANK * sum(self.sites[site])
+
+    def vector_elements(self, site: str, dtype: torch.dtype) -> int:
+        """Elements of `dtype` of a vector page: gain [N] and shift [N] in float32."""
+        return vector_elements(self.sites[site][1], dtype)
 
     @staticmethod
     def module_path(layer: int, site: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lorry.adapters.canonical import CanonicalAdapter
+from lorry.adapters.catalog import FilesState
 from lorry.adapters.errors import AdapterError
 from lorry.adapters.files import Place
 from lorry.adapters.segments import Combo
@@ -32,7 +33,8 @@ class Version:
     """One content of an adapter, wherever its bytes are: `slot` on the device, `host` in memory, else on disk.
 
     A content that was evicted and read again may have another revision, as long as no lease has started on it.
-    candidate: loads to replace the current version. loading: queued or being read.
+    candidate: loads to replace the current version, and no other than `replaces`, if that is set.
+    loading: queued or being read. files: their state when it was read, or when they were tried last.
     """
 
     entry: Entry
@@ -41,12 +43,16 @@ class Version:
     rank: int = 0
     target_modules: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
+    additive: bool = True
+    invocation_tokens: tuple[int, ...] = ()
     slot: int | None = None
     host: CanonicalAdapter | None = None
     loading: bool = False
     candidate: bool = False
+    replaces: Version | None = None
     retired: bool = False
-    leases: set[Lease] = field(default_factory=set)
+    files: FilesState | None = None
+    leases: dict[Lease, None] = field(default_factory=dict)  # in the order of their requests
 
     @property
     def has_content(self) -> bool:
@@ -60,6 +66,7 @@ class Version:
     def describe(self, adapter: CanonicalAdapter) -> None:
         self.revision, self.rank = adapter.revision, adapter.rank
         self.target_modules, self.methods = adapter.target_modules, adapter.methods
+        self.additive, self.invocation_tokens = adapter.additive, adapter.invocation_tokens
 
 
 @dataclass(eq=False, slots=True)
@@ -99,6 +106,7 @@ class Lease:
     """A request's hold on its adapters. order: of arrival; internal: a command's, not a request's.
 
     pinned: its pages may not go now; started: they were pinned once, so the revisions are fixed from then on.
+    absent: some of its adapters are not on the device and on their way, so that there is no need to ask for more.
     """
 
     order: int
@@ -106,6 +114,7 @@ class Lease:
     internal: bool = False
     pinned: bool = False
     started: bool = False
+    absent: bool = True
     error: AdapterError | None = None
 
     @property
@@ -121,6 +130,11 @@ class Lease:
     def revisions(self) -> tuple[str, ...]:
         """Of each adapter, in the request's order; fixed from the first pin on, before that "" when still unread."""
         return tuple(part.version.revision for part in self.parts)
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        """Of a lease on one activated LoRA, which no mix has; of any other (). Known as soon as the revisions are."""
+        return self.parts[0].version.invocation_tokens if self.parts else ()
 
     def versions(self) -> list[Version]:
         """Each version once."""

@@ -9,38 +9,51 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import Catalog
-from lorry.adapters.errors import AdapterError, RevisionMismatch
+from lorry.adapters.errors import AdapterError, MixRefused, RevisionMismatch
+from lorry.adapters.host import HostTier
 from lorry.adapters.lease import Entry, Lease, Part, Version
 from lorry.adapters.loader import Loaded, Loader
 from lorry.adapters.pool import PagePool
-from lorry.adapters.records import Counters
+from lorry.adapters.records import DEVICE, DISK, HOST, Counters
 from lorry.adapters.register import Register
 from lorry.adapters.residency import Residency
 
 _READS_AHEAD = 2  # handed to the loader at a time; later ones stay open to reordering
 
 
-def mismatch(part: Part) -> RevisionMismatch | None:
-    """The error of a part whose content is not the revision that its request insists on."""
+def unfit(part: Part, parts: Sequence[Part]) -> AdapterError | None:
+    """Why one of a lease's parts, whose content is known, cannot serve it.
+
+    It is not the revision that the request insists on; an activated LoRA in a mix, which acts from some token on; or
+    one with gains or biases of its own, of which there is no multiple, in a mix or with a weight.
+    """
     wanted, actual = part.wanted, part.version.revision
-    if wanted is None or wanted == actual:
-        return None
     name = part.version.entry.id
-    message = f"the adapter {name} has revision {actual}, not {wanted[:64]!r}"
-    return RevisionMismatch(message, name, expected=wanted[:64], actual=actual)
+    if wanted is not None and wanted != actual:
+        message = f"the adapter {name} has revision {actual}, not {wanted[:64]!r}"
+        return RevisionMismatch(message, name, expected=wanted[:64], actual=actual)
+    if part.version.invocation_tokens and len(parts) > 1:
+        message = f"adapters: {name} is an activated LoRA (alora_invocation_tokens), which is served alone, in no mix"
+        return MixRefused(message, "adapters")
+    if not part.version.additive and (len(parts) > 1 or part.weight != 1):
+        methods = ", ".join(part.version.methods)
+        return MixRefused(f"adapters: {name} ({methods}) is served alone and with weight 1, in no mix", "adapters")
+    return None
 
 
 class Library:
     """Leases and loads; the entries are in `register`, the device's side in `residency`."""
 
-    def __init__(self, catalog: Catalog, pool: PagePool) -> None:
+    def __init__(self, catalog: Catalog, pool: PagePool, base: BaseWeights, host_memory: int = 0) -> None:
         self.pool = pool
         self.register = Register(catalog, pool)
-        self.residency = Residency(pool, lambda version: self.register.touch(version.entry), self._lost)
+        self.tier = HostTier(host_memory)
+        self.residency = Residency(pool, self.tier, lambda version: self.register.touch(version.entry), self._lost)
         self.counters = Counters()
-        self._loader = Loader(pool.layout, pool.dtype)
+        self._loader = Loader(pool.layout, pool.dtype, base)
         self._to_load: dict[Version, None] = {}
         self._reading: dict[int, Version] = {}
         self._tokens = itertools.count()
@@ -59,21 +72,30 @@ class Library:
         """A lease whose missing contents are asked for."""
         lease = Lease(next(self._orders), parts, internal)
         for version in lease.versions():
-            version.leases.add(lease)
+            if not internal:
+                tier = self._tier_of(version)
+                self.counters.found[tier] = self.counters.found.get(tier, 0) + 1
+            version.leases[lease] = None
             self._want(version)
+        lease.absent = not self.residency.resident(lease)
         return lease
 
     def release(self, lease: Lease) -> None:
         """Take a lease off its versions; what nobody holds any more goes."""
         self.residency.unpin(lease)
         for version in lease.versions():
-            version.leases.discard(lease)
+            version.leases.pop(lease, None)
             self._settle(version)
 
     def fail(self, lease: Lease, error: AdapterError) -> None:
         """The lease can never be ready; whoever asks is told."""
-        lease.error = error
+        lease.error, lease.absent = error, False
         self.release(lease)
+
+    def _tier_of(self, version: Version) -> str:
+        if version.slot is not None and self.pool.is_resident(version.slot):
+            return DEVICE
+        return HOST if version.has_content else DISK
 
     # ---------------------------------------------------------------- loads
 
@@ -97,7 +119,7 @@ class Library:
         """Take what the loader has finished."""
         for loaded in self._loader.results():
             version = self._reading.pop(loaded.token)
-            version.loading = False
+            version.loading, version.files = False, loaded.files
             result = "success" if loaded.error is None else "failure"
             self.counters.loads[result] = self.counters.loads.get(result, 0) + 1
             self.counters.load_seconds.append(loaded.seconds)
@@ -106,11 +128,15 @@ class Library:
 
     def _end_load(self, version: Version, loaded: Loaded) -> None:
         entry = version.entry
+        if version.replaces not in (None, entry.current):
+            for lease in list(version.leases):
+                self.fail(lease, AdapterError("the adapter was replaced meanwhile", entry.id))
+            return
         entry.error = loaded.error.message if loaded.error is not None else ""
         if loaded.adapter is not None:
             version.describe(loaded.adapter)
         for lease in list(version.leases):
-            error = loaded.error or _mismatch(lease, version)
+            error = loaded.error or _unfit(lease, version)
             if error is not None:
                 self.fail(lease, error)
         if version.leases and loaded.adapter is not None:
@@ -118,20 +144,22 @@ class Library:
             entry.provisional = False
         elif entry.provisional:
             self.register.remove(entry)
+        elif loaded.adapter is not None and version is entry.current and not version.retired:
+            self.residency.host(version, loaded.adapter)  # nobody waits for it any more
 
     def _keep(self, version: Version, adapter: CanonicalAdapter) -> None:
         current = version.entry.current
         same = current.revision == version.revision and current.has_content and not current.retired
         if version.candidate and same:
-            current.place = version.place
+            current.place, current.files = version.place, version.files
             self._transfer(version, current)
             return
-        version.host = adapter
-        self.residency.hosted[version] = None
+        self.residency.host(version, adapter)
         if version.candidate:
             self._promote(version)
 
     def _want(self, version: Version) -> None:
+        self.residency.wait(version)
         if version.leases and not version.has_content and not version.loading:
             version.loading = True
             self._to_load[version] = None
@@ -139,9 +167,9 @@ class Library:
 
     # ---------------------------------------------------------------- contents come and go
 
-    def unload(self, entry: Entry) -> None:
-        """Hide an entry from new requests; it goes with its last lease."""
-        self.register.hide(entry)
+    def unload(self, entry: Entry, vanished: bool = False) -> None:
+        """Hide an entry from new requests; it goes with its last lease. vanished: its folder is no longer there."""
+        self.register.hide(entry, vanished)
         self._retire(entry.current)
 
     def set_pinned(self, entry: Entry, pinned: bool) -> None:
@@ -183,23 +211,27 @@ class Library:
             for part in lease.parts:
                 if part.version is source:
                     part.version = target
-            source.leases.discard(lease)
-            target.leases.add(lease)
-            error = _mismatch(lease, target) if target.has_content else None
+            source.leases.pop(lease, None)
+            target.leases[lease] = None
+            error = _unfit(lease, target) if target.has_content else None
             if error is not None:
                 self.fail(lease, error)
+        target.leases = dict.fromkeys(sorted(target.leases, key=lambda lease: lease.order))
+        self.residency.look(target)
         self._want(target)
         self._settle(source)
 
     def _settle(self, version: Version) -> None:
-        """Drop what a version without leases need not keep: all but an unpinned place on the device, if current."""
+        """Drop what a version without leases need not keep: all, unless it is current and may be asked for again."""
         if version.leases:
             return
         if version in self._to_load:
             del self._to_load[version]
             version.loading = False
-        if version.slot is None or version.retired:
+        if version.retired:
             self.residency.drop(version)
+        else:
+            self.residency.idle(version)
         entry = version.entry
         self.register.touch(entry)
         if version in entry.retired:
@@ -219,12 +251,14 @@ class Library:
         for version in live:
             assert all(any(part.version is version for part in lease.parts) for lease in version.leases)
             assert version.has_content or version.loading or not version.leases, "a lease waits for nothing"
+            assert all(lease.absent is not self.residency.resident(lease) for lease in version.leases)
 
 
 def _oldest(version: Version) -> int:
-    return min(lease.order for lease in version.leases)
+    return next(iter(version.leases)).order
 
 
-def _mismatch(lease: Lease, version: Version) -> RevisionMismatch | None:
+def _unfit(lease: Lease, version: Version) -> AdapterError | None:
     """The first error of the lease's parts that are served by `version`."""
-    return next((error for part in lease.parts if part.version is version and (error := mismatch(part))), None)
+    parts = lease.parts
+    return next((error for part in parts if part.version is version and (error := unfit(part, parts))), None)

@@ -10,14 +10,20 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter, canonicalise
-from lorry.adapters.checkpoint import read_pairs
+from lorry.adapters.catalog import FilesState, files_state
+from lorry.adapters.checkpoint import read_linears
 from lorry.adapters.errors import AdapterError, MalformedAdapter
 from lorry.adapters.files import Place, read_adapter
+from lorry.adapters.identity import check_base
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.spec import AdapterSpec
 from lorry.adapters.tensor_file import parse_tensors
@@ -27,33 +33,46 @@ log = logging.getLogger(__name__)
 _NICENESS = 10  # of the loading thread: the forward pass keeps its cores
 
 
-def load_adapter(place: Place, layout: ModelLayout, dtype: torch.dtype) -> CanonicalAdapter:
-    """Read and check one adapter folder; raises the AdapterError that says what is wrong with it."""
+def load_adapter(
+    place: Place, layout: ModelLayout, dtype: torch.dtype, base: BaseWeights, warn: Callable[[str], object] = str
+) -> CanonicalAdapter:
+    """Read and check one adapter folder; raises the AdapterError that says what is wrong with it.
+
+    warn: told what is doubtful.
+    """
     files = read_adapter(place, layout.max_weight_bytes())
     spec = AdapterSpec.from_bytes(bytes(files.config))
-    pairs = read_pairs(parse_tensors(files.weights), spec, layout)
-    return canonicalise(pairs, spec, layout, dtype, files.revision)
+    if doubt := check_base(files.header.metadata, spec.base, layout):
+        warn(doubt)
+    linears = read_linears(parse_tensors(files.weights, files.header), spec, layout)
+    return canonicalise(linears, spec, layout, base, dtype, files.revision)
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """The end of one load: `adapter` or `error`; `seconds` on disk and in checks. `token` is the submitter's."""
+    """The end of one load: `adapter` or `error`; `seconds` on disk and in checks. `token` is the submitter's.
+
+    files: their state before they were read; what it says of the content holds unless they have another state now.
+    """
 
     token: int
     adapter: CanonicalAdapter | None
     error: AdapterError | None
     seconds: float
+    files: FilesState | None = None
 
 
 class Loader:
     """A queue of places to load and a queue of what came of them."""
 
-    def __init__(self, layout: ModelLayout, dtype: torch.dtype) -> None:
+    def __init__(self, layout: ModelLayout, dtype: torch.dtype, base: BaseWeights) -> None:
         self._layout = layout
+        self._base = base
         self._dtype = dtype
         self._jobs: queue.SimpleQueue[tuple[int, Place] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._warned: set[tuple[Path, str]] = set()
 
     def submit(self, token: int, place: Place) -> None:
         """Load `place`; a `Loaded` with `token` follows."""
@@ -84,12 +103,14 @@ class Loader:
         while (job := self._jobs.get()) is not None:
             token, place = job
             begun = time.monotonic()
+            files = files_state(place.folder)
             adapter, error = self._load(place)
-            self._done.put(Loaded(token, adapter, error, time.monotonic() - begun))
+            self._done.put(Loaded(token, adapter, error, time.monotonic() - begun, files))
 
     def _load(self, place: Place) -> tuple[CanonicalAdapter | None, AdapterError | None]:
         try:
-            return load_adapter(place, self._layout, self._dtype), None
+            warn = partial(self._warn, place)
+            return load_adapter(place, self._layout, self._dtype, self._base, warn), None
         except AdapterError as error:
             return None, error
         except OSError as error:
@@ -97,3 +118,9 @@ class Loader:
         except Exception:
             log.exception("loading the adapter in %s failed", place.folder)
             return None, AdapterError("the adapter could not be loaded")
+
+    def _warn(self, place: Place, doubt: str) -> None:
+        """Once for each adapter."""
+        if (place.folder, doubt) not in self._warned:
+            self._warned.add((place.folder, doubt))
+            log.warning("the adapter in %s: %s", place.folder.name, doubt)

@@ -4,10 +4,10 @@
     load · unload · pin_adapter · get · list                        commands
     poll                                                            once a step: loads end, pages are copied, events
 
-An id's content is read when a request first needs it. From then on the id stands for that revision until it is
-evicted or replaced: a file that changes on disk meanwhile changes nothing, and is read as a new revision after an
-eviction, or at once by `load(replace=True)`. A lease never mixes revisions: what it has begun with stays until its
-release. A load that fails fails the requests that wait for it; the next request tries again.
+An id's content is read when a request first needs it. From then on the id stands for that revision, on the device or in
+host memory, until it is dropped from both, replaced by `load(replace=True)`, or its files are seen to have changed
+(`watch.py`). A lease never mixes revisions: what it has begun with stays until its release. A load that fails fails the
+requests that wait for it; the next request tries again.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lorry.adapters.base import BaseWeights
 from lorry.adapters.catalog import Catalog, is_valid_id
 from lorry.adapters.errors import AdapterExists, MalformedAdapter, UnknownAdapter
 from lorry.adapters.files import Place
 from lorry.adapters.lease import AdapterReference, Lease, Part, Version
-from lorry.adapters.library import Library, mismatch
+from lorry.adapters.library import Library, unfit
+from lorry.adapters.news import News
 from lorry.adapters.pool import PagePool
-from lorry.adapters.records import AdapterChanged, AdapterInfo, AdapterReply, Counters
+from lorry.adapters.records import DEVICE, DISK, HOST, AdapterChanged, AdapterInfo, AdapterReply, Counters, Tiers
 
 
 @dataclass(eq=False, slots=True)
@@ -34,36 +36,39 @@ class _Task:
 
 
 class AdapterManager:
-    """Catalog, loader and pool as one. `close` ends the loader's thread."""
+    """Catalog, loader, host memory and pool as one. `close` ends its threads.
 
-    def __init__(self, catalog: Catalog, pool: PagePool) -> None:
+    host_memory: bytes for contents in host memory, those on the device that have a copy there among them (`host.py`).
+    """
+
+    def __init__(self, catalog: Catalog, pool: PagePool, base: BaseWeights, host_memory: int = 0) -> None:
         self.pool = pool
-        self._library = Library(catalog, pool)
+        self._library = Library(catalog, pool, base, host_memory)
         self._register = self._library.register
+        self._news = News(self._library)
         self._tasks: list[_Task] = []
         self._replies: list[AdapterReply] = []
 
     def close(self) -> None:
+        self._news.close()
         self._library.close()
 
     @property
     def busy(self) -> bool:
         """Whether `poll` has something to do or to wait for."""
-        return bool(self._tasks or self._replies or self._library.busy)
+        return bool(self._tasks or self._replies or self._library.busy or self._news.busy)
 
     # ---------------------------------------------------------------- requests
 
     def request(self, refs: Iterable[AdapterReference]) -> Lease:
         """A hold on adapters, by id; those that are not resident start loading.
 
-        Raises UnknownAdapter, or RevisionMismatch where the revision is known already.
+        Raises UnknownAdapter, or RevisionMismatch and MixRefused where the content is known already.
         """
-        parts = []
-        for ref in refs:
-            part = Part(self._register.known(ref.id).current, ref.weight, ref.revision)
-            if part.version.has_content and (error := mismatch(part)):
+        parts = [Part(self._register.known(ref.id).current, ref.weight, ref.revision) for ref in refs]
+        for part in parts:
+            if part.version.has_content and (error := unfit(part, parts)):
                 raise error
-            parts.append(part)
         return self._library.lease(parts)
 
     def ready(self, lease: Lease) -> bool:
@@ -100,8 +105,9 @@ class AdapterManager:
 
         fetched: the folder to take in its stead, which bears its revision's name.
 
-        An id that is taken needs `replace`; a folder that is registered and unread may be loaded without. While a
-        replacement loads, requests go on with the present content; if it is refused, nothing changes.
+        An id that is taken needs `replace`; a registered folder that nobody uses and that is not on the device may be
+        loaded without, and is read again. While a replacement loads, requests go on with the present content; if it is
+        refused, nothing changes.
         Raises MalformedAdapter for a bad id, PathRefused, AdapterExists.
         """
         library = self._library
@@ -115,8 +121,9 @@ class AdapterManager:
             version = self._register.add(adapter_id, place, provisional=True).current
         elif replace:
             version = Version(entry, place, candidate=True)
-        elif entry.current.place == place and not entry.current.loading and not entry.current.has_content:
+        elif entry.current.place == place and entry.current.slot is None and not entry.current.leases:
             version = entry.current
+            library.residency.drop(version)
         else:
             raise AdapterExists(f"the adapter {adapter_id} exists; replace loads another in its place", adapter_id)
         lease = library.lease([Part(version, 1.0, expected_revision)], internal=True)
@@ -132,6 +139,7 @@ class AdapterManager:
         for task in self._tasks:
             if task.lease.error is None and task.lease.parts[0].version.entry is entry:
                 self._library.fail(task.lease, gone)
+        self._news.unload(entry, gone)
         self._library.unload(entry)
         return self._register.info(entry)
 
@@ -153,15 +161,15 @@ class AdapterManager:
         entry = self._register.entries.get(adapter_id) or self._register.known(adapter_id)
         return self._register.info(entry)
 
-    def list(self) -> list[AdapterInfo]:
-        """All adapters ordered by id, folders that are new included."""
-        self._register.discover()
-        return [self._register.info(entry) for _, entry in sorted(self._register.entries.items())]
+    def list(self, after: str = "", limit: int | None = None) -> list[AdapterInfo]:
+        """Adapters ordered by id, `limit` of those behind `after`."""
+        return [self._register.info(entry) for entry in self._register.page(after, limit)]
 
     # ---------------------------------------------------------------- once a step
 
     def poll(self) -> Sequence[AdapterReply | AdapterChanged]:
         """End loads, copy a bounded number of bytes, answer commands; what has happened since the last call."""
+        self._news.step()
         self._library.end_loads()
         self._library.residency.step(self._library.fail)
         self._tasks = [task for task in self._tasks if not self._answer(task)]
@@ -173,12 +181,27 @@ class AdapterManager:
     def take_counters(self) -> Counters:
         """What was counted since the last call."""
         taken, self._library.counters = self._library.counters, Counters()
-        taken.evictions, self._library.residency.evictions = self._library.residency.evictions, 0
+        residency = self._library.residency
+        taken.evictions, residency.evictions = residency.evictions, 0
+        taken.host_evictions, residency.host_evictions = residency.host_evictions, 0
+        taken.copy_seconds, residency.copy_seconds = residency.copy_seconds, []
         return taken
 
     def loaded(self) -> int:
         """Adapters on the device."""
         return len(self._library.residency.by_slot)
+
+    def tiers(self) -> Tiers:
+        """Where adapters are, and how much memory they take."""
+        residency, tier = self._library.residency, self._library.tier
+        on_device = {v.entry.id for slot, v in residency.by_slot.items() if self.pool.is_resident(slot)}
+        in_host = {version.entry.id for version in tier.versions()} - on_device
+        on_disk = max(0, len(self._register.entries) - len(on_device) - len(in_host))
+        return Tiers(
+            {DEVICE: len(on_device), HOST: len(in_host), DISK: on_disk},
+            {DEVICE: self.pool.bytes_used, HOST: tier.bytes},
+            tuple(sorted(on_device)),
+        )
 
     def check(self) -> None:
         """Prove that entries, versions, leases and pool agree."""

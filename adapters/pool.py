@@ -1,4 +1,4 @@
-"""Rank pages on the device: one arena, one slot per resident adapter revision.
+"""Rank and vector pages on the device: one arena, one slot per resident adapter revision.
 
     slot life:   reserve ─▶ fill … fill ─▶ resident ⇄ in use (acquire, release) ─▶ evict
 
@@ -10,6 +10,7 @@ waits for what there, is the matter of `uploads.py`: tables change in the order 
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
@@ -22,12 +23,13 @@ from lorry.adapters.slabs import Demand, SlabAllocator
 from lorry.adapters.streams import Event
 from lorry.adapters.tables import Placed, SlotTables
 from lorry.adapters.uploads import Uploads, uploads_to
-from lorry.kernels.lora import AdapterPages
+from lorry.kernels.lora import VECTORS, AdapterPages, vectors_at
 
 
 @dataclass(eq=False, slots=True)
 class _Slot:
-    """Books of one slot. offsets: pages of each linear; to_fill: pages still to be copied; used: tick of last use.
+    """Books of one slot. offsets: pages of each linear, the vector page of those in `vectors` the last; to_fill: pages
+    still to be copied; used: tick of last use.
 
     page_bound: most pages of a linear. copied: an event behind all copies so far. resident: it has passed when all were
     copied, and the tables are written.
@@ -35,6 +37,7 @@ class _Slot:
 
     adapter: CanonicalAdapter  # its pages are dropped when they are there, if they can be read back
     offsets: dict[Linear, list[int]]
+    vectors: frozenset[Linear]
     scaling: dict[Linear, float]
     demand: Demand
     to_fill: list[tuple[Linear, int]]
@@ -64,8 +67,11 @@ class PagePool:
         self.layout = layout
         self.dtype = dtype
         self.max_slots = max_slots
-        self._classes = sorted({layout.page_elements(site) for site in layout.sites})
-        self._kind = {site: self._classes.index(layout.page_elements(site)) for site in layout.sites}
+        pages = {site: layout.page_elements(site) for site in layout.sites}
+        vectors = {site: layout.vector_elements(site, dtype) for site in layout.sites}
+        self._classes = sorted({*pages.values(), *vectors.values()})
+        self._kind = {site: self._classes.index(size) for site, size in pages.items()}
+        self._vector_kind = {site: self._classes.index(size) for site, size in vectors.items()}
         self._slabs = SlabAllocator(self._classes, capacity_bytes // dtype.itemsize)
         arena = torch.empty(self._slabs.slabs * self._slabs.slab_elements, dtype=dtype, device=device)
         self.uploads = uploads or uploads_to(arena.device, max(self._classes, default=0) * dtype.itemsize)
@@ -108,6 +114,7 @@ class PagePool:
         for adapter in adapters:
             for (_, site), linear in adapter.linears.items():
                 counts[self._kind[site]] += linear.pages.shape[0]
+                counts[self._vector_kind[site]] += linear.vectors is not None
         return tuple(counts)
 
     def demand_of(self, slot: int) -> Demand:
@@ -125,6 +132,17 @@ class PagePool:
     def ever_fits(self, demand: Demand, slots: int) -> bool:
         """Whether an empty pool could hold `slots` adapters that take `demand`."""
         return slots <= self.max_slots and self._slabs.ever_fits(demand)
+
+    def room(self) -> int:
+        """How many adapters of rank 16 on every linear an empty pool could hold."""
+        counts = [0] * len(self._classes)
+        for _, site in self.layout.linears():
+            counts[self._kind[site]] += 1
+
+        def too_many(number: int) -> bool:
+            return not self.ever_fits(tuple(number * count for count in counts), number)
+
+        return bisect_left(range(1, self.max_slots + 1), True, key=too_many)
 
     def too_small(self, demand: Demand) -> PoolTooSmall:
         """The error for a demand that never fits; it names both sizes, in bytes."""
@@ -198,12 +216,17 @@ class PagePool:
             (layer, site): [self._slabs.allocate(self._kind[site]) for _ in range(linear.pages.shape[0])]
             for (layer, site), linear in adapter.linears.items()
         }
+        vectors = frozenset(key for key, linear in adapter.linears.items() if linear.vectors is not None)
+        for key in vectors:
+            offsets[key].append(self._slabs.allocate(self._vector_kind[key[1]]))
         pages = [(linear, index) for linear, places in offsets.items() for index in range(len(places))]
         for linear, index in pages:
             self._holders[offsets[linear][index]] = slot, linear, index
         scaling = {key: linear.scaling for key, linear in adapter.linears.items()}
         page_bound = max(map(len, offsets.values()), default=0)
-        self._slots[slot] = _Slot(adapter, offsets, scaling, demand, pages[::-1], page_bound, next(self._ticks))
+        self._slots[slot] = _Slot(
+            adapter, offsets, vectors, scaling, demand, pages[::-1], page_bound, next(self._ticks)
+        )
         self.uploads.take_over()
         return slot
 
@@ -217,7 +240,7 @@ class PagePool:
         copied = 0
         while books.to_fill and (copied == 0 or copied < budget):
             linear, index = books.to_fill[-1]
-            page = books.adapter.linears[linear].pages[index]
+            page = books.adapter.linears[linear].page(index)
             offset = books.offsets[linear][index]
             if not self.uploads.page(self.pages.arena[offset : offset + page.numel()], page):
                 break
@@ -256,12 +279,18 @@ class PagePool:
         assert books.resident
         if not self.uploads.reads_back:
             return books.adapter
-        pages = {}
-        for linear, places in books.offsets.items():
-            size = self.layout.page_elements(linear[1])
-            pages[linear] = torch.stack([self.pages.arena[offset : offset + size] for offset in places])
-        linears = {linear: CanonicalLinear(pages[linear], books.scaling[linear]) for linear in pages}
-        return books.adapter.with_linears(linears)
+        return books.adapter.with_linears({linear: self._extract(books, linear) for linear in books.offsets})
+
+    def _extract(self, books: _Slot, linear: Linear) -> CanonicalLinear:
+        arena, places, vectors = self.pages.arena, books.offsets[linear], None
+        if linear in books.vectors:
+            *places, last = places
+            vectors = vectors_at(arena, last + VECTORS, self.layout.sites[linear[1]][1]).clone()
+        size = self.layout.page_elements(linear[1])
+        pages = arena.new_empty(len(places), size)
+        for page, offset in zip(pages, places, strict=True):
+            page.copy_(arena[offset : offset + size])
+        return CanonicalLinear(pages, books.scaling[linear], vectors)
 
     # ---------------------------------------------------------------- use
 
@@ -294,11 +323,25 @@ class PagePool:
         books = self._slots[slot]
         books.offsets[linear][index] = target
         if books.resident:
-            self._tables.move(slot, linear, index, target)
+            flag = VECTORS if self._holds_vectors(books, linear, index) else 0
+            self._tables.move(slot, linear, index, target + flag)
+
+    @staticmethod
+    def _holds_vectors(books: _Slot, linear: Linear, index: int) -> bool:
+        return linear in books.vectors and index + 1 == len(books.offsets[linear])
+
+    def _kind_of(self, slot: int, linear: Linear, index: int) -> int:
+        """The size class of a page."""
+        kinds = self._vector_kind if self._holds_vectors(self._slots[slot], linear, index) else self._kind
+        return kinds[linear[1]]
 
     @staticmethod
     def _placed(books: _Slot) -> Placed:
-        return {linear: (places, books.scaling[linear]) for linear, places in books.offsets.items()}
+        places = dict(books.offsets)
+        for linear in books.vectors:
+            *pages, vectors = places[linear]
+            places[linear] = [*pages, vectors + VECTORS]
+        return {linear: (offsets, books.scaling[linear]) for linear, offsets in places.items()}
 
     def check(self) -> None:
         """Prove that books, slabs and tables agree; reads the tables back, so only for idle moments and tests."""
@@ -309,9 +352,10 @@ class PagePool:
             for index, offset in enumerate(places)
         }
         assert live == self._holders, "a page has two holders or none"
-        self._slabs.check([(offset, self._kind[linear[1]]) for offset, (_, linear, _) in live.items()])
+        self._slabs.check([(offset, self._kind_of(*holder)) for offset, holder in live.items()])
         assert sorted([*self._slots, *self._free_slots]) == list(range(self.max_slots))
         assert all(books.users >= 0 for books in self._slots.values())
         assert not any(books.resident and books.to_fill for books in self._slots.values())
-        self._tables.check({n: self._placed(books) for n, books in self._slots.items() if books.resident})
+        resident = {slot: self._placed(books) for slot, books in self._slots.items() if books.resident}
+        self._tables.check(resident, self._free_slots)
         assert self.bytes_used <= self.capacity_bytes

@@ -11,8 +11,8 @@ from lorry.adapters.errors import AdapterError
 class AdapterState(enum.IntEnum):
     """Where an adapter's bytes are.
 
-    REGISTERED: on disk only. LOADING: on its way from disk or to the device. HOST: in host memory, checked, waiting
-    for room. DEVICE: resident. DRAINING: unloaded, requests in flight still use it. FAILED: its last load was refused.
+    REGISTERED: on disk only. LOADING: on its way from disk or to the device. HOST: in host memory, checked.
+    DEVICE: resident. DRAINING: unloaded, requests in flight still use it. FAILED: its last load was refused.
     """
 
     REGISTERED = 1
@@ -60,10 +60,35 @@ class AdapterChanged:
     removed: bool = False
 
 
+DEVICE, HOST, DISK = "device", "host", "disk"
+"""The tiers: each adapter is counted in the first of them that has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """Where all is now.
+
+    adapters: by tier; bytes: of contents on the device and in host memory, copies there of what is on the device
+    included; on_device: ids, in order
+    """
+
+    adapters: dict[str, int]
+    bytes: dict[str, int]
+    on_device: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class Counters:
-    """Since they were last taken. loads: ended loads by "success" and "failure"; load_seconds: from disk to host."""
+    """Since they were last taken.
+
+    loads: ended loads by "success" and "failure"; load_seconds: from disk to host memory; copy_seconds: from there to
+    the device, once there is room; evictions: from the device; host_evictions: from host memory, to the disk only;
+    found: adapters of requests by the tier that had them when the request came
+    """
 
     loads: dict[str, int] = field(default_factory=dict)
     load_seconds: list[float] = field(default_factory=list)
+    copy_seconds: list[float] = field(default_factory=list)
     evictions: int = 0
+    host_evictions: int = 0
+    found: dict[str, int] = field(default_factory=dict)

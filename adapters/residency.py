@@ -9,9 +9,13 @@ polls, so that it can start.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 
+from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.errors import AdapterError
+from lorry.adapters.host import HostTier
 from lorry.adapters.lease import Lease, Version
 from lorry.adapters.pool import PagePool
 from lorry.adapters.slabs import Demand
@@ -22,16 +26,22 @@ PATIENCE = 64
 class Residency:
     """The device's side of the manager. evicted: called with each version that has just lost its slot."""
 
-    def __init__(self, pool: PagePool, changed: Callable[[Version], None], evicted: Callable[[Version], None]) -> None:
+    def __init__(
+        self, pool: PagePool, tier: HostTier, changed: Callable[[Version], None], evicted: Callable[[Version], None]
+    ) -> None:
         self.pool = pool
+        self.tier = tier
         self.evictions = 0
+        self.host_evictions = 0
         self.by_slot: dict[int, Version] = {}
-        self.hosted: dict[Version, None] = {}  # in host memory, without a slot
-        self._filling: dict[Version, None] = {}
+        self.hosted: dict[Version, None] = {}  # in host memory, without a slot, and somebody waits for them
+        self.copy_seconds: list[float] = []
+        self._filling: dict[Version, float] = {}  # since when
         self._closing: set[int] = set()
         self._head: Lease | None = None
         self._blocked = 0  # polls that the head has been blocked
         self._polls = 0
+        self._polled = time.monotonic()
         self._grants: dict[Lease, int] = {}  # leases that got room: the poll at which it is open to others again
         self._changed = changed
         self._evicted = evicted
@@ -42,7 +52,7 @@ class Residency:
 
     def hosted_bytes(self) -> int:
         """Bytes in host memory that wait for room."""
-        return sum(version.host.nbytes for version in self.hosted if version.host is not None)
+        return sum(map(self.tier.size, self.hosted))
 
     def resident(self, lease: Lease) -> bool:
         """Whether all pages of all adapters of a lease are on the device."""
@@ -52,7 +62,7 @@ class Residency:
         """Whether the lease may start now: resident, and not in the way of an older one."""
         if lease.pinned:
             return True
-        if not self.resident(lease):
+        if lease.absent:
             return False
         if self._head is None or lease.order <= self._head.order or lease in self._grants:
             return True
@@ -74,8 +84,34 @@ class Residency:
                 self.pool.release(version.slot)
             lease.pinned = False
 
+    def host(self, version: Version, adapter: CanonicalAdapter) -> None:
+        """A version's content is in host memory now."""
+        self.tier.put(version, adapter)
+        self.wait(version)
+
+    def wait(self, version: Version) -> None:
+        """Somebody asks for a version: what is in host memory only waits for room."""
+        self.tier.touch(version)
+        if version.host is not None and version.slot is None and version.leases:
+            self.hosted[version] = None
+
+    def idle(self, version: Version) -> None:
+        """Nobody asks for a version any more: what it has may stay where it is."""
+        self.tier.touch(version)
+        self.hosted.pop(version, None)
+
     def drop(self, version: Version) -> None:
         """Forget a version's content, on the device and in host memory."""
+        self._vacate(version)
+        self.hosted.pop(version, None)
+        self.tier.drop(version)
+
+    def look(self, version: Version) -> None:
+        """Whether all is there has changed for those that hold a version, or may have."""
+        for lease in version.leases:
+            lease.absent = lease.error is None and not self.resident(lease)
+
+    def _vacate(self, version: Version) -> None:
         if version.slot is not None:
             self.pool.set_pinned(version.slot, False)
             self.pool.evict(version.slot)
@@ -83,16 +119,30 @@ class Residency:
             self._closing.discard(version.slot)
             self._filling.pop(version, None)
             version.slot = None
-        self.hosted.pop(version, None)
-        version.host = None
+            self.look(version)
 
     # ---------------------------------------------------------------- once a step
 
     def step(self, fail: Callable[[Lease, AdapterError], None]) -> None:
         """Copy, within the uploads' budget, and make room. `fail` ends leases that can never be resident."""
+        self._let_in(fail)
+        for version in self.tier.shed(self._needed):
+            if version.slot is None:
+                self.host_evictions += 1
+                self._changed(version)
+
+    def _needed(self, version: Version) -> bool:
+        """Whether a version's content must stay in host memory."""
+        if version.slot is None:
+            return bool(version.leases)
+        return not (self.pool.uploads.reads_back and self.pool.is_resident(version.slot))
+
+    def _let_in(self, fail: Callable[[Lease, AdapterError], None]) -> None:
         self._polls += 1
         self._grants = {lease: end for lease, end in self._grants.items() if end > self._polls}
-        budget = self._fill(self.pool.uploads.budget)
+        now = time.monotonic()
+        budget = self._fill(self.pool.uploads.budget(now - self._polled))
+        self._polled = now
         while budget > 0:
             head = self._next_head()
             if head is not self._head:
@@ -122,8 +172,8 @@ class Residency:
             assert version.slot is not None
             budget -= self.pool.fill(version.slot, budget)
             if self.pool.is_resident(version.slot):
-                del self._filling[version]
-                version.host = None
+                self.copy_seconds.append(time.monotonic() - self._filling.pop(version))
+                self.look(version)
                 self.pool.set_pinned(version.slot, version.entry.pinned and not version.retired)
                 self._changed(version)
             elif self.pool.lacks_copies(version.slot):
@@ -132,13 +182,11 @@ class Residency:
 
     def _next_head(self) -> Lease | None:
         """The oldest lease that has all content and not all of it on the device."""
-        waiting = (
-            lease
+        complete = (
+            next((lease for lease in version.leases if all(part.version.has_content for part in lease.parts)), None)
             for version in self.hosted
-            for lease in version.leases
-            if all(other.has_content for other in lease.versions())
         )
-        return min(waiting, key=lambda lease: lease.order, default=None)
+        return min((lease for lease in complete if lease is not None), key=lambda lease: lease.order, default=None)
 
     def _floor(self, lease: Lease) -> tuple[Demand, int]:
         """Pages and slots that the lease takes together with the pinned adapters, which never go."""
@@ -155,7 +203,8 @@ class Residency:
         own = {v.slot for v in head.versions() if v.slot is not None}
         protected = own | self._slots_of(self._grants)
         if self._blocked < PATIENCE:
-            older = (lease for v in self.by_slot.values() for lease in v.leases if lease.order < head.order)
+            came_before = lambda lease: lease.order < head.order
+            older = (lease for v in self.by_slot.values() for lease in takewhile(came_before, v.leases))
             protected |= self._slots_of(lease for lease in older if not lease.pinned)
         victims = self.pool.make_room(demand, len(needed), protected)
         if victims is None:
@@ -181,27 +230,29 @@ class Residency:
         version.slot = self.pool.reserve(version.host)
         del self.hosted[version]
         self.by_slot[version.slot] = version
-        self._filling[version] = None
+        self._filling[version] = time.monotonic()
         self._changed(version)
 
     def _evict(self, version: Version) -> None:
         """Free a slot. Content that a preempted request has begun with goes back to host memory, never to disk."""
         assert version.slot is not None
-        saved = self.pool.extract(version.slot) if version.started else None
-        self.drop(version)
+        if version.started and version.host is None:
+            self.tier.put(version, self.pool.extract(version.slot))
+        self._vacate(version)
         self.evictions += 1
-        if saved is not None:
-            version.host = saved
+        if version.host is not None and version.leases:
             self.hosted[version] = None
         self._evicted(version)
 
     def check(self) -> None:
         """Prove that pool and versions agree."""
         self.pool.check()
+        self.tier.check()
         assert set(self._filling) <= set(self.by_slot.values())
         assert self._closing <= set(self.by_slot)
         for slot, version in self.by_slot.items():
             assert version.slot == slot and version not in self.hosted
             pinned = sum(1 for lease in version.leases if lease.pinned)
             assert self.pool.users(slot) == pinned, "uses of a slot are not its pinned leases"
-        assert all(version.host is not None and version.slot is None for version in self.hosted)
+            assert version.host is not None or self.pool.uploads.reads_back
+        assert all(v.host is not None and v.slot is None and v.leases for v in self.hosted)

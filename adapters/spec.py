@@ -3,7 +3,8 @@
     s = α / r        (LoRA, arXiv:2106.09685)
     s = α / √r       (rsLoRA, arXiv:2312.03732)
 
-with r and α of the first matching pattern, else the config's own.
+with r and α of the first matching pattern, else the config's own. What the other methods compute, `methods.py` says;
+an activated LoRA (aLoRA, arXiv:2504.12397) acts from its invocation tokens on.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
-from lorry.adapters.fields import refuse_unsupported
+from lorry.adapters.fields import FACTOR_INITS, refuse_beside_alora, refuse_unsupported
 from lorry.adapters.layout import MAX_RANK, Linear, ModelLayout
 from lorry.adapters.matching import Matcher
 from lorry.adapters.strict_json import parse_object
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_INVOCATION_TOKENS = 1024
 
 _UNSERVED_MODULES = ("lm_head", "model.embed_tokens")  # those beside the linears that PEFT could adapt
 _FLOAT32_MAX = 3.4028234e38
@@ -27,7 +29,10 @@ _FLOAT32_MAX = 3.4028234e38
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What a config says, checked. Patterns are in the file's order; `base` is only for messages."""
+    """What a config says, checked. Patterns are in the file's order; `base` is only for messages.
+
+    bias: "none", "all" or "lora_only". qalora_group_size: None without QA-LoRA. init: of `fields.FACTOR_INITS`, or "".
+    """
 
     rank: int
     alpha: float
@@ -39,6 +44,12 @@ class AdapterSpec:
     layers_to_transform: frozenset[int] | None = None
     layers_pattern: tuple[str, ...] = ()
     base: str = ""
+    use_dora: bool = False
+    bias: str = "none"
+    lora_bias: bool = False
+    qalora_group_size: int | None = None
+    init: str = ""
+    invocation_tokens: tuple[int, ...] = ()
     _matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
 
     @classmethod
@@ -68,7 +79,10 @@ class AdapterSpec:
                 raise MalformedAdapter(f"{name} needs target_modules to be a list, it is a string", name)
         if layers_pattern and layers is None:
             raise MalformedAdapter("layers_pattern needs layers_to_transform", "layers_pattern")
-        base = config.get("base_model_name_or_path")
+        invocation_tokens = _invocation_tokens(config.get("alora_invocation_tokens"))
+        if invocation_tokens:
+            refuse_beside_alora(config)
+        base, init = config.get("base_model_name_or_path"), config.get("init_lora_weights")
         return cls(
             rank=_rank(config["r"], "r"),
             alpha=_alpha(config.get("lora_alpha", 8), "lora_alpha"),
@@ -80,11 +94,37 @@ class AdapterSpec:
             layers_to_transform=layers or None,
             layers_pattern=layers_pattern,
             base=base[:200] if isinstance(base, str) else "",
-        )
+            use_dora=_bool(config.get("use_dora") or False, "use_dora"),
+            bias=_choice(config.get("bias", "none"), "bias", ("none", "all", "lora_only")),
+            lora_bias=_bool(config.get("lora_bias") or False, "lora_bias"),
+            qalora_group_size=_group_size(config),
+            init=init if isinstance(init, str) and init in FACTOR_INITS else "",
+            invocation_tokens=invocation_tokens,
+        )._checked()
+
+    def _checked(self) -> AdapterSpec:
+        """Itself; raises UnsupportedField for methods that PEFT does not combine either."""
+        for other, name in ((self.lora_bias, "lora_bias"), (self.qalora_group_size is not None, "use_qalora")):
+            if self.use_dora and other:
+                raise UnsupportedField(f"{name} and use_dora do not go together", name)
+        if self.invocation_tokens and self.init:  # what it subtracts would act on the tokens before as well
+            raise UnsupportedField(
+                f"init_lora_weights {self.init!r} and alora_invocation_tokens do not go together", "init_lora_weights"
+            )
+        return self
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return ("rslora",) if self.use_rslora else ("lora",)
+        used = {
+            "rslora" if self.use_rslora else "lora": True,
+            "dora": self.use_dora,
+            "bias": self.bias != "none",
+            "lora_bias": self.lora_bias,
+            "qalora": self.qalora_group_size is not None,
+            self.init: bool(self.init),
+            "alora": bool(self.invocation_tokens),
+        }
+        return tuple(name for name, is_used in used.items() if is_used)
 
     def rank_of(self, path: str) -> int:
         """r of the module at `path`."""
@@ -139,6 +179,22 @@ def _bool(value: object, name: str) -> bool:
     return value
 
 
+def _choice(value: object, name: str, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise _wrong(name, value, " or ".join(map(repr, choices)))
+    return value
+
+
+def _group_size(config: Mapping[str, object]) -> int | None:
+    """QA-LoRA's; 16 is PEFT's default."""
+    if not _bool(config.get("use_qalora") or False, "use_qalora"):
+        return None
+    value = config.get("qalora_group_size", 16)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong("qalora_group_size", value, "a whole number from 1")
+    return value
+
+
 def _rank(value: object, name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise _wrong(name, value, f"a whole number from 1 to {MAX_RANK}")
@@ -185,3 +241,16 @@ def _layers(value: object) -> frozenset[int] | None:
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
         raise _wrong("layers_to_transform", value, "a whole number or a list of them")
     return frozenset(values)
+
+
+def _invocation_tokens(value: object) -> tuple[int, ...]:
+    name = "alora_invocation_tokens"
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not value or not all(type(item) is int and item >= 0 for item in value):
+        raise _wrong(name, value, "a list of token ids")
+    if len(value) > MAX_INVOCATION_TOKENS:
+        raise UnsupportedField(
+            f"{name} has {len(value)} token ids, this server takes at most {MAX_INVOCATION_TOKENS}", name
+        )
+    return tuple(value)

@@ -1,4 +1,7 @@
-"""JSON from strangers: bounded in size and depth, no doubled keys, no NaN or Infinity."""
+"""JSON from strangers: bounded in size, depth and number of values, no doubled keys, no NaN or Infinity.
+
+All bounds are proved on the bytes, in time linear in their number, before anything is built from them.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +11,40 @@ import re
 from lorry.adapters.errors import MalformedAdapter
 
 MAX_DEPTH = 32
+MAX_VALUES = 1 << 18
 
-_NOT_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[^][{}"]++|"', re.DOTALL)  # strings, and what is outside of them
+# Strings, also one without an end, and what is outside of them. Possessive: each byte is looked at once.
+_NOT_BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+\\?"?|[^][{}"]++', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_object(data: bytes, what: str, max_bytes: int) -> dict[str, object]:
     """The JSON object that is the whole of `data`; `what` names it in the MalformedAdapter that is raised."""
     if len(data) > max_bytes:
         raise MalformedAdapter(f"{what} has {len(data)} bytes, at most {max_bytes} are read", what)
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise MalformedAdapter(f"{what} has more than {MAX_VALUES} values", what)
+    if _depth(data) > MAX_DEPTH:
+        raise MalformedAdapter(f"{what} is nested deeper than {MAX_DEPTH} levels", what)
     try:
-        text = data.decode("utf-8")
-        if _depth(text) > MAX_DEPTH:
-            raise MalformedAdapter(f"{what} is nested deeper than {MAX_DEPTH} levels", what)
-        value = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant)
-    except (UnicodeDecodeError, ValueError) as error:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_doubles, parse_constant=_refuse_constant)
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()  # half a pair is no text: no message could carry it
+    except (UnicodeError, ValueError) as error:
         raise MalformedAdapter(f"{what} is not valid JSON: {error}", what) from None
     if not isinstance(value, dict):
         raise MalformedAdapter(f"{what} holds a JSON {type(value).__name__}, an object is expected", what)
     return value
 
 
-def _depth(text: str) -> int:
+def _depth(data: bytes) -> int:
     """Deepest nesting of brackets outside strings."""
     depth = deepest = 0
-    for bracket in _NOT_BRACKETS.sub("", text):
-        depth += 1 if bracket in "[{" else -1
+    for bracket in _NOT_BRACKETS.sub(b"", data):
+        depth += 1 if bracket in b"[{" else -1
         deepest = max(deepest, depth)
+        if not 0 <= depth <= MAX_DEPTH:
+            break  # the rest would change nothing
     return deepest
 
 

@@ -1,6 +1,8 @@
 """The tables that kernels read: where each slot's pages lie and how they are scaled.
 
 offsets[slot, layer, site, p]: int64, element offset of page p or -1       scaling[slot, layer, site]: float32
+
+Behind the rank pages comes the vector page, if there is one, with VECTORS added to its offset.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from lorry.adapters.uploads import Uploads
 from lorry.kernels.lora import SITES, AdapterPages
 
 Placed = Mapping[Linear, tuple[Sequence[int], float]]
-"""Offsets of the pages and the scaling of each adapted linear of one slot."""
+"""Offsets of the pages as the table has them, and the scaling, of each adapted linear of one slot."""
 
 
 class SlotTables:
@@ -28,7 +30,7 @@ class SlotTables:
         device = arena.device
         self.pages = AdapterPages(
             arena=arena,
-            offsets=torch.full((*shape, page_count(MAX_RANK)), -1, dtype=torch.int64, device=device),
+            offsets=torch.full((*shape, page_count(MAX_RANK) + 1), -1, dtype=torch.int64, device=device),
             scaling=torch.zeros(shape, dtype=torch.float32, device=device),
         )
 
@@ -39,21 +41,21 @@ class SlotTables:
         return self._uploads.write(pages.offsets[slot], offsets) and self._uploads.write(pages.scaling[slot], scaling)
 
     def move(self, slot: int, linear: Linear, index: int, offset: int) -> None:
-        """Page `index` of one linear now lies at `offset`."""
+        """Page `index` of one linear is now to be found by `offset`."""
         self._uploads.fill(self.pages.offsets[slot, linear[0], SITES.index(linear[1]), index], offset)
 
     def clear(self, slot: int) -> None:
         self._uploads.fill(self.pages.offsets[slot], -1)
         self._uploads.fill(self.pages.scaling[slot], 0)
 
-    def check(self, books: Mapping[int, Placed]) -> None:
-        """Prove that each slot's rows say what `books` say; slots that are not in it must be clear."""
+    def check(self, books: Mapping[int, Placed], free: Sequence[int]) -> None:
+        """Prove that each slot's rows say what `books` say, and that those of `free` slots are clear."""
         offsets, scaling = self.pages.offsets.cpu(), self.pages.scaling.cpu()
         for slot, placed in books.items():
             expected_offsets, expected_scaling = self._rows(placed)
             assert torch.equal(offsets[slot], expected_offsets), f"the offsets of slot {slot} differ from the books"
             assert torch.equal(scaling[slot], expected_scaling), f"the scaling of slot {slot} differs from the books"
-        clear = torch.tensor([slot for slot in range(len(offsets)) if slot not in books], dtype=torch.int64)
+        clear = torch.tensor(free, dtype=torch.int64)
         assert bool((offsets[clear] == -1).all()) and not scaling[clear].any(), "a slot without an adapter has pages"
 
     def _rows(self, placed: Placed) -> tuple[Tensor, Tensor]:

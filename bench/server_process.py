@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,38 @@ START_TIMEOUT = 600.0  # seconds; the first start converts the model and compile
 STOP_TIMEOUT = 30.0
 
 
+@dataclass(frozen=True)
+class Server:
+    """One that serves: its address, its process, seconds from start to serving."""
+
+    target: str
+    pid: int
+    seconds: float
+
+
 @contextmanager
 def lorry_server(model: str, adapters: Path, log: Path, options: Sequence[str] = ()) -> Iterator[str]:
     """The address of a server of `model` and of the adapters in a folder, serving until the block ends.
 
     Raises RuntimeError with the end of its log when it does not come to serve.
     """
-    target = f"127.0.0.1:{_free_port()}"
+    with started(model, adapters, log, options) as server:
+        yield server.target
+
+
+@contextmanager
+def started(model: str, adapters: Path, log: Path, options: Sequence[str] = ()) -> Iterator[Server]:
+    """The same, with what else there is to know of it."""
+    target = f"127.0.0.1:{free_port()}"
     lorry = Path(sys.executable).with_name("lorry")
     command = [str(lorry), "serve", "--model", model, "--adapters", str(adapters), "--port", target.split(":")[1]]
     log.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen([*command, *options], stdout=output, stderr=subprocess.STDOUT)
     try:
         _wait(target, process, log)
-        yield target
+        yield Server(target, process.pid, time.monotonic() - begin)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -59,7 +77,8 @@ def _wait(target: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise RuntimeError(f"lorry serve does not serve; the end of {log.name}:\n{tail}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -156,7 +156,7 @@ def write_adapters(base: Path, root: Path, count: int, rank: int = 16, seed: int
         generator = torch.Generator().manual_seed(seed * 1000 + index)
         tensors = {}
         for layer in range(config["num_hidden_layers"]):
-            for site, (out, inner) in _linear_shapes(config).items():
+            for site, (out, inner) in linear_shapes(config).items():
                 name = f"base_model.model.{ModelLayout.module_path(layer, site)}"
                 a = torch.randn(rank, inner, generator=generator) * inner**-0.5
                 b = torch.randn(out, rank, generator=generator) * 0.02
@@ -167,7 +167,8 @@ def write_adapters(base: Path, root: Path, count: int, rank: int = 16, seed: int
     return folder
 
 
-def _linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each linear of a model, from its config.json."""
     hidden, middle = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     query, key = config["num_attention_heads"] * head, config["num_key_value_heads"] * head

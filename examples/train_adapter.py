@@ -33,6 +33,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorry.adapters.identity import FINGERPRINT_KEY
+from lorry.server.model.load import base_fingerprint
 from lorry.server.model.store import DEFAULT_MODEL, resolve_model
 
 IGNORED = -100
@@ -147,7 +149,15 @@ def batches(examples: list[Example], size: int, steps: int, rng: random.Random) 
         del queue[:size]
 
 
-def save_adapter(model: PeftModel, out: Path, base_name: str, dtype: torch.dtype) -> None:
+def fingerprint_metadata(folder: Path) -> dict[str, str]:
+    """What lets a server refuse the adapter on another quantized base; nothing for a base that is not quantized."""
+    quantized = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {FINGERPRINT_KEY: base_fingerprint(folder)} if quantized else {}
+
+
+def save_adapter(
+    model: PeftModel, out: Path, base_name: str, dtype: torch.dtype, metadata: dict[str, str] | None = None
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, the folder that PEFT and Lorry read."""
     config = model.peft_config["default"]
     config.base_model_name_or_path = base_name
@@ -157,7 +167,7 @@ def save_adapter(model: PeftModel, out: Path, base_name: str, dtype: torch.dtype
     config.save_pretrained(str(out))
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in state.items()}
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt", **(metadata or {})})
 
 
 def main(
@@ -210,7 +220,7 @@ def main(
             optimizer.zero_grad()
             schedule.step()
             progress.update(task, advance=1, loss=loss.item())
-    save_adapter(model, out, base_name or base, dtype.torch_dtype)
+    save_adapter(model, out, base_name or base, dtype.torch_dtype, fingerprint_metadata(folder))
     size = (out / "adapter_model.safetensors").stat().st_size
     print(f"saved {out} ({size:,} bytes)")
 

@@ -1,10 +1,11 @@
 """Low-rank updates of a batch whose rows use different adapters, as a sum over rank pages.
 
-    y[rows, site] += sum_j weight_j * scaling[slot_j, layer, site] * sum_pages (x[rows] @ A.T) @ B
+    y[rows, site] += sum_j weight_j * (gain_j * y0 + shift_j + scaling[slot_j, layer, site] * sum_pages (x @ A.T) @ B)
 
 A page is 16 ranks of one adapted linear: A [16, K] and B [16, N], both row-contiguous in one flat arena. An
 adapter of rank 40 owns three pages, the last zero-padded; a weighted mix of adapters is a longer list of pages.
-Source: LoRA (arXiv:2106.09685); segments as in Punica (arXiv:2310.18547).
+gain and shift [N], which few adapters have, lie in a *vector page*; y0 is what the base's product left in y.
+Source: LoRA (arXiv:2106.09685); DoRA's gain (arXiv:2402.09353); segments as in Punica (arXiv:2310.18547).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lorry.kernels import dispatch, native
 
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PAGE_RANK = 16
+VECTORS = 1  # added to the offset of a vector page, which like all offsets is a multiple of 8
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class AdapterPages:
     """Resident tables, owned and filled by the adapter pool, read by the kernels.
 
     arena: flat bfloat16, float16 or float32; a page is A [16, K] followed by B [16, N] at an element offset.
-    offsets: int64 [slots, layers, sites, max_pages], element offset of the page or -1; used pages come first.
-    scaling: float32 [slots, layers, sites].
+    offsets: int64 [slots, layers, sites, max_pages], element offset of the page or -1; used pages come first, behind
+    them the offset of a vector page + VECTORS: float32 [2, N], gain and shift, whatever the arena's dtype.
+    scaling: float32 [slots, layers, sites], of the pages, not of the vectors.
     """
 
     arena: Tensor
@@ -68,8 +71,9 @@ class Routes:
     All shapes are capacities, so that a CUDA graph can hold the tensors. tiles: int32 [T, 3], first row, number of
     rows and segment (-1: rows without adapters) of runs of at most `tile_rows` rows of one segment; they cover every
     row once, in order; unused ones have no rows. row_segment: int32 [M], -1: no adapters.
-    page_offsets: int64 [S, layers, sites, 1 + P], the number of pages of all adapters of the segment's combo, then
-    their offsets; page_scales: float32 of that shape, weight * scaling of each page's adapter, the first one unused.
+    page_offsets: int64 [S, layers, sites, 1 + P], the number of pages of all adapters of the segment's combo, plus
+    2**32 times that of their vector pages, then the offsets of the former and, from the end backwards, of the latter.
+    page_scales: float32 of that shape, of a page weight * scaling, of vectors the weight; the first one is unused.
     partial: float32, flat: [splits, M, sites of one call, P * 16], written by shrink and read by expand, call by call.
     """
 
@@ -92,7 +96,7 @@ class Routes:
 
     @property
     def pages(self) -> int:
-        """P: most pages of a combo in one linear."""
+        """P: most pages of a combo in one linear, vector pages included."""
         return self.page_offsets.shape[3] - 1
 
 
@@ -161,27 +165,43 @@ def shrink_splits(in_features: int) -> int:
 def lora_add_reference(
     y: Tensor, x: Tensor, pages: AdapterPages, layer: int, sites: tuple[Site, ...], segments: Segments
 ) -> None:
-    """y[rows, site] += sum_j weight_j * scaling_j * sum_pages (x @ A.T) @ B in float32; as in `lora_add`."""
+    """As `lora_add`, in float32."""
     in_features = x.shape[1]
     starts = segments.starts.tolist()
     for segment, slots in enumerate(segments.slots.tolist()):
         rows = slice(starts[segment], starts[segment + 1])
         if rows.start == rows.stop:
             continue
-        hidden = x[rows].float()
+        hidden, before = x[rows].float(), y[rows].float().clone()
         for column, slot in enumerate(slots):
             if slot < 0:
                 continue
+            weight = float(segments.weights[segment, column])
             for site in sites:
-                scale = segments.weights[segment, column] * pages.scaling[slot, layer, site.index]
+                scale = weight * float(pages.scaling[slot, layer, site.index])
                 columns = slice(site.start, site.start + site.size)
                 for offset in pages.offsets[slot, layer, site.index].tolist():
                     if offset < 0:
                         break
+                    if offset & VECTORS:
+                        gain, shift = vectors_at(pages.arena, offset, site.size)
+                        y[rows, columns] += (weight * (gain * before[:, columns] + shift)).to(y.dtype)
+                        continue
                     middle = offset + PAGE_RANK * in_features
                     a = pages.arena[offset:middle].view(PAGE_RANK, in_features)
                     b = pages.arena[middle : middle + PAGE_RANK * site.size].view(PAGE_RANK, site.size)
                     y[rows, columns] += ((hidden @ a.float().T * scale) @ b.float()).to(y.dtype)
+
+
+def vectors_at(arena: Tensor, offset: int, size: int) -> Tensor:
+    """gain and shift of a vector page, float32 [2, size]; offset: as in the table, VECTORS included."""
+    start = offset - VECTORS
+    return arena[start : start + vector_elements(size, arena.dtype)].view(torch.float32)[: 2 * size].view(2, size)
+
+
+def vector_elements(size: int, dtype: torch.dtype) -> int:
+    """Elements of `dtype` that a vector page of `size` outputs takes, a multiple of 16."""
+    return -(-2 * size * torch.float32.itemsize // (16 * dtype.itemsize)) * 16
 
 
 def lora_add(
@@ -193,9 +213,9 @@ def lora_add(
     segments: Segments,
     routes: Routes | None = None,
 ) -> None:
-    """y[rows, start:start+size] += sum_j weight_j * scaling[slot_j, layer, site] * sum_pages (x @ A.T) @ B.
+    """Add what the adapters of each row do to the outputs of `sites`, as above.
 
-    In place. y: [M, sum of N]; x: [M, K], shared by all sites of one call: (q, k, v), (o,), (gate, up) or
+    In place; y holds y0. y: [M, sum of N]; x: [M, K], shared by all sites of one call: (q, k, v), (o,), (gate, up) or
     (down,). Rows of no segment and rows whose slots are all -1 stay untouched.
 
     routes: on a GPU, what `fill_routes` made of these segments and pages; None: it is done here. Page offsets must be

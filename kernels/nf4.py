@@ -116,7 +116,7 @@ class NF4Weight:
 
 
 @cache
-def dynamic_map() -> Tensor:
+def dynamic_map(computed_in: torch.dtype = torch.float32) -> Tensor:
     """Signed 8-bit dynamic map, float32 [256] ascending: 7 decades, each split twice as fine as the one below.
 
     Decade i in 0..6 holds the 2**i midpoints of linspace(0.1, 1, 2**i + 1) times 10**(i - 6), with both signs;
@@ -124,7 +124,7 @@ def dynamic_map() -> Tensor:
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=computed_in)
         midpoints = (edges[:-1] + edges[1:]) / 2.0
         values += (10 ** (decade - 6) * midpoints).tolist()
         values += (-(10 ** (decade - 6)) * midpoints).tolist()
@@ -132,13 +132,18 @@ def dynamic_map() -> Tensor:
 
 
 def quantize(
-    weight: Tensor, blocksize: int = 64, double_quant: bool = True, dtype: torch.dtype | None = None
+    weight: Tensor,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    dtype: torch.dtype | None = None,
+    tables_in: torch.dtype = torch.float32,
 ) -> NF4Weight:
     """q = #{thresholds < x * (1 / absmax)} per block; see the module docstring.
 
     weight: [N, K] float32, bfloat16 or float16; dtype: what the result dequantizes to, the weight's own by default.
-    Equals bitsandbytes' quantize_4bit on the same device bit for bit (the offset is a mean, whose order of
-    summation is the device's). Works in pieces of 4M elements, so that a weight needs no full float32 copy.
+    Equals bitsandbytes' quantize_4bit on the same device bit for bit. Two things there are the device's: the offset is
+    a mean, the 8-bit map a linspace. With tables_in float64 they have the same bits on every machine, not quite theirs.
+    Works in pieces of 4M elements, so that a weight needs no full float32 copy.
 
     Raises ValueError for another rank, dtype or blocksize.
     """
@@ -158,9 +163,9 @@ def quantize(
     dtype = dtype or weight.dtype
     if not double_quant:
         return NF4Weight(packed, absmax, shape, blocksize, dtype=dtype, code=code)
-    offset = absmax.mean()
-    codes, nested_absmax = _quantize_absmax(absmax - offset)
-    nested_code = dynamic_map().to(weight.device)
+    offset = absmax.mean(dtype=tables_in).float()
+    codes, nested_absmax = _quantize_absmax(absmax - offset, tables_in)
+    nested_code = dynamic_map(tables_in).to(weight.device)
     return NF4Weight(packed, codes, shape, blocksize, nested_absmax, nested_code, float(offset), dtype=dtype, code=code)
 
 
@@ -207,14 +212,14 @@ def _pack_nibbles(scaled: Tensor, thresholds: Tensor) -> Tensor:
 
 
 @cache
-def _absmax_grid() -> Tensor:
+def _absmax_grid(computed_in: torch.dtype) -> Tensor:
     """Code of each of the 65536 grid points 2i / 65535 - 1: the number of map midpoints below it; uint8 [65536]."""
-    table = dynamic_map()
+    table = dynamic_map(computed_in)
     points = (2 * torch.arange(_GRID_POINTS, dtype=torch.float32)) / (_GRID_POINTS - 1) - 1.0
     return torch.bucketize(points, (table[:-1] + table[1:]) * 0.5).to(torch.uint8)
 
 
-def _quantize_absmax(values: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_absmax(values: Tensor, tables_in: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """8-bit blockwise quantization of float32 [blocks] -> uint8 [blocks], float32 [ceil(blocks / 256)].
 
     As bitsandbytes does on a CPU: a value is first rounded to one of 65536 grid points in [-1, 1], the point's
@@ -226,7 +231,7 @@ def _quantize_absmax(values: Tensor) -> tuple[Tensor, Tensor]:
     peak = padded.abs().amax(dim=-1, keepdim=True)
     scaled = (padded * (1.0 / peak)).nan_to_num_(0.0).clamp_(-1, 1)
     point = (((scaled + 1.0) * 0.5).double() * (_GRID_POINTS - 1) + 0.5).float().long()
-    codes = torch.where(peak == 0, 0, _absmax_grid().to(values.device)[point])
+    codes = torch.where(peak == 0, 0, _absmax_grid(tables_in).to(values.device)[point])
     return codes.view(-1)[:count].clone(), peak.view(-1)
 
 

@@ -48,6 +48,9 @@ class EngineConfig:
     adapter_memory: int | None = None
     """Bytes for the adapters' rank pages; None: 2 GiB on a GPU, which takes as much host memory again, 256 MiB on a
     CPU."""
+    adapter_host_memory: int | None = None
+    """Bytes of host memory for checked adapters, which come back without a read from disk: copies of those on the
+    device, which a GPU's always have, and those asked for last of the others; None: twice `adapter_memory`."""
     gpu_memory_fraction: float = 0.9
     """Share of the GPU's memory that weights, adapters, activations and the key and value cache take together."""
     adapters_dir: str | None = None
@@ -57,6 +60,8 @@ class EngineConfig:
     adapter_sources: tuple[str, ...] = ()
     """Prefixes below which LoadAdapter may fetch adapters: hf://, s3://, gs:// or https:// with an organisation, bucket
     or host, and what follows it; none: nothing is fetched (docs/sources.md)."""
+    allow_base_mismatch: bool = False
+    """Serve adapters that name another base's fingerprint, with a warning; off: they are refused."""
     max_running: int = 64
     """Most sequences in one batch."""
     max_waiting: int = 1024

@@ -15,6 +15,9 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
+from hypothesis import settings
+
+settings.register_profile("long", max_examples=10_000)  # --hypothesis-profile=long
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -1,12 +1,14 @@
-/* y += sum over adapters of a segment and their rank pages of scale * (x A^T) B.
+/* y += sum over adapters of a segment of weight * (gain y + shift) + scale * (sum over their rank pages of (x A^T) B).
  *
- * A page is A [16][K] followed by B [16][N]. First all shrink products u = x A^T of the batch, then, after one
- * barrier, all expansions; both are cut so that every core has work when one segment holds all rows. An output's
- * chain runs over adapters, pages and ranks in their order, so its bits depend on its row only.
+ * A page is A [16][K] followed by B [16][N], a vector page gain [N] and shift [N] in float32. First all shrink products
+ * u = x A^T of the batch, then, after one barrier, all expansions; both are cut so that every core has work when one
+ * segment holds all rows. An output's chain runs over vectors, adapters, pages and ranks in their order, so its bits
+ * depend on its row only.
  */
 #include "kernels.h"
 
 #define RANK 16
+#define VECTORS 1 /* added to the offset of a vector page */
 #define COLUMNS 512 /* of a small expand task: B's share of it is 16 KiB in 16 bits */
 #if defined(__AVX512F__)
 #define SHRINK_ROWS 4
@@ -25,9 +27,15 @@ struct page {
     int64_t rows;
 };
 
-/* Pages [first, last) update `size` columns from `column` on of rows [row, row + rows). */
+struct vectors {
+    const float *gain, *shift;
+    float weight;
+};
+
+/* Vectors [first_vectors, last_vectors) and pages [first, last) update `size` columns from `column` on of rows
+ * [row, row + rows). */
 struct target {
-    int64_t first, last, row, rows, column, size;
+    int64_t first_vectors, last_vectors, first, last, row, rows, column, size;
 };
 
 INLINE void shrink(const enum elem type, const struct page *p, int64_t k_count, int64_t ldx, int rank, int64_t row,
@@ -114,6 +122,25 @@ INLINE void expand_tile(const enum elem type, const struct page *p, int64_t row,
         for (int m = 0; m < rows; m++) expand_rows(type, p, row + m, n, to, n_count, y + m * ldy, ldy, 1);
 }
 
+/* y += sum of weight (gain y + shift) in columns [from, to). */
+static void add_vectors(const struct vectors *vectors, const struct target *t, int64_t from, int64_t to, float *y,
+                        int64_t ldy) {
+    for (int64_t n = from; n < to; n += LANES) {
+        const int count = (int)MIN(LANES, to - n);
+        vf gain = vf_set1(0.0f), shift = gain;
+        for (int64_t i = t->first_vectors; i < t->last_vectors; i++) {
+            const vf weight = vf_set1(vectors[i].weight);
+            gain = vf_fma(weight, vf_load_some(F32, vectors[i].gain + n, count), gain);
+            shift = vf_fma(weight, vf_load_some(F32, vectors[i].shift + n, count), shift);
+        }
+        for (int64_t row = 0; row < t->rows; row++) {
+            float *at = y + row * ldy + n;
+            const vf before = vf_load_some(F32, at, count);
+            vf_store_some(F32, at, vf_fma(gain, before, vf_add(before, shift)), count);
+        }
+    }
+}
+
 INLINE void expand_all(const enum elem type, const struct page *pages, const struct target *t, int64_t from, int64_t to,
                        float *y, int64_t ldy) {
     for (int64_t i = t->first; i < t->last; i++) {
@@ -145,6 +172,7 @@ static void expand_typed(int64_t type, const struct page *pages, const struct ta
 
 struct work {
     const struct page *pages;
+    const struct vectors *vectors;
     const struct target *targets;
     int64_t page_count, target_count, k_count, ldx, type;
     float *y;
@@ -168,8 +196,10 @@ static void run(const struct work *w) {
         const struct target *t = w->targets + i / cuts;
         int64_t from, to;
         split(t->size, 2 * LANES, (int)cuts, (int)(i % cuts), &from, &to);
-        if (from < to)
-            expand_typed(w->type, w->pages, t, from, to, w->y + t->row * w->ldy + t->column, w->ldy);
+        if (from >= to) continue;
+        float *y = w->y + t->row * w->ldy + t->column;
+        if (t->first_vectors < t->last_vectors) add_vectors(w->vectors, t, from, to, y, w->ldy);
+        expand_typed(w->type, w->pages, t, from, to, y, w->ldy);
     }
 }
 
@@ -180,36 +210,49 @@ EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t 
                     const int64_t *offsets, const float *scaling, int64_t slot_stride, int64_t max_pages,
                     const int64_t *called, int64_t called_count, const int32_t *starts, const int32_t *slots,
                     const float *weights, int64_t segments, int64_t adapters) {
-    static __thread struct scratch page_list, target_list, shrunk;
-    int64_t page_count = 0, target_count = 0, u_count = 0, cost = 0;
+    static __thread struct scratch page_list, vector_list, target_list, shrunk;
+    int64_t page_count = 0, vector_count = 0, target_count = 0, u_count = 0, cost = 0;
     struct page *pages = NULL;
+    struct vectors *vectors = NULL;
     struct target *targets = NULL;
     float *u = NULL;
     for (int fill = 0; fill < 2; fill++) {
         if (fill) {
-            if (page_count == 0) return 0;
-            pages = scratch_get(&page_list, (size_t)page_count * sizeof *pages);
+            if (target_count == 0) return 0;
+            pages = scratch_get(&page_list, (size_t)(page_count + 1) * sizeof *pages);
+            vectors = scratch_get(&vector_list, (size_t)(vector_count + 1) * sizeof *vectors);
             targets = scratch_get(&target_list, (size_t)target_count * sizeof *targets);
-            u = scratch_get(&shrunk, (size_t)u_count * sizeof *u);
-            if (!pages || !targets || !u) return -1;
-            page_count = target_count = u_count = 0;
+            u = scratch_get(&shrunk, (size_t)(u_count + 1) * sizeof *u);
+            if (!pages || !vectors || !targets || !u) return -1;
+            page_count = vector_count = target_count = u_count = 0;
         }
         for (int64_t s = 0; s < segments; s++) {
             const int64_t row = starts[s], rows = starts[s + 1] - row;
             if (rows <= 0) continue;
             for (int64_t c = 0; c < called_count; c++) {
-                const int64_t site = called[3 * c], first = page_count, size = called[3 * c + 2];
+                const int64_t site = called[3 * c], size = called[3 * c + 2];
+                const int64_t first = page_count, first_vectors = vector_count;
                 for (int64_t j = 0; j < adapters; j++) {
                     const int64_t slot = slots[s * adapters + j], at = slot * slot_stride + site;
                     if (slot < 0) continue;
                     for (int64_t i = 0; i < max_pages && offsets[at * max_pages + i] >= 0; i++) {
+                        const int64_t offset = offsets[at * max_pages + i];
+                        const float weight = weights[s * adapters + j];
+                        const void *start = elem_at((enum elem)type, arena, offset & ~(int64_t)VECTORS);
+                        if (offset & VECTORS) {
+                            if (fill) {
+                                const float *gain = start;
+                                vectors[vector_count] = (struct vectors){gain, gain + size, weight};
+                            }
+                            vector_count++;
+                            continue;
+                        }
                         if (fill) {
-                            const void *a = elem_at((enum elem)type, arena, offsets[at * max_pages + i]);
-                            pages[page_count] = (struct page){a,
-                                                              elem_at((enum elem)type, a, RANK * k_count),
+                            pages[page_count] = (struct page){start,
+                                                              elem_at((enum elem)type, start, RANK * k_count),
                                                               x + row * ldx,
                                                               u + u_count,
-                                                              weights[s * adapters + j] * scaling[at],
+                                                              weight * scaling[at],
                                                               rows};
                             cost += RANK * (k_count + size) / 8 * MAX(rows, 4) / 4;
                         }
@@ -217,14 +260,15 @@ EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t 
                         u_count += rows * RANK;
                     }
                 }
-                if (page_count == first) continue;
+                if (page_count == first && vector_count == first_vectors) continue;
                 if (fill)
-                    targets[target_count] = (struct target){first, page_count, row, rows, called[3 * c + 1], size};
+                    targets[target_count] = (struct target){first_vectors, vector_count,       first, page_count, row,
+                                                            rows,          called[3 * c + 1], size};
                 target_count++;
             }
         }
     }
-    const struct work work = {pages, targets, page_count, target_count, k_count, ldx, type, y, ldy};
+    const struct work work = {pages, vectors, targets, page_count, target_count, k_count, ldx, type, y, ldy};
     const int threads = threads_for(cost);
     if (threads == 1) {
         run(&work);

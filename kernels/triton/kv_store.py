@@ -31,7 +31,7 @@ from lorry.kernels.lora import LoraTerm
 from lorry.kernels.nf4 import FLOAT_DTYPES
 from lorry.kernels.triton.common import FUSION, rounded
 from lorry.kernels.triton.fp8 import to_e4m3
-from lorry.kernels.triton.lora import expand_arguments, expand_tile
+from lorry.kernels.triton.lora import expand_arguments, expand_tile, output_vectors
 
 TILE_ROWS = 16
 
@@ -93,8 +93,15 @@ def qkv_finish_kernel(
                 arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features, LINEARS, SITES, SPLITS,
             )  # fmt: skip
             add_a, add_b = tl.split(tl.permute(tl.reshape(total, (TILE_ROWS, 2, HALF)), (0, 2, 1)))
-            a += add_a
-            b += add_b
+            own = first * D + column
+            gain, shift = output_vectors(
+                own, column_mask, segment, site, size, arena, page_offsets, page_scales, linear, pages, LINEARS
+            )
+            a += gain[None, :] * a + shift[None, :] + add_a
+            gain, shift = output_vectors(
+                own + D // 2, column_mask, segment, site, size, arena, page_offsets, page_scales, linear, pages, LINEARS
+            )
+            b += gain[None, :] * b + shift[None, :] + add_b
         a, b = rounded(a, dtype).to(tl.float32), rounded(b, dtype).to(tl.float32)
 
     if ROPE:  # noqa: SIM102

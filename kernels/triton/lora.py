@@ -2,6 +2,7 @@
 
     shrink   partial[split, row, site, 16 p + r] = sum_{k of the split} x[row, k] * A_p[r, k]
     expand   y[row, site] += sum_p (scale_p * sum_split partial[split, row, site, 16 p :]) @ B_p
+             y[row, site] += gain * y0[row, site] + shift     of the few adapters that have these, y0 the base's product
 
 p runs over the pages of all adapters of a row's combo: `fill_routes` resolves slots, weights and pages into one list
 for each segment and linear, once for all layers of a step, so that a kernel finds its page and the scale with one
@@ -18,7 +19,8 @@ numbers occupy but one or two warps of a product, so with 16 rows each warp mult
 
 **Rounding.** x and A multiply exactly into float32 sums where they have one dtype, and are taken to float32 where
 not. The scaled ranks enter the product with B as two numbers of the arena's dtype, the rounded one and what that
-left, so the whole is as good as float32 down to about 17 bits. Only what is stored in y is rounded. A row's bits
+left, so the whole is as good as float32 down to about 17 bits. Only what is stored in y is rounded; the stand-alone
+expand, which keeps a gain and a shift out of its registers, rounds once more where there are such. A row's bits
 depend on K, on its own pages and on whether tiles have 16 or 64 rows, not on the other rows.
 
 Bound: the bytes of the pages of the distinct adapters. All tiles, steps and splits are calculated, not yet measured
@@ -37,12 +39,13 @@ from torch import Tensor
 
 from lorry.kernels.lora import PAGE_RANK, AdapterPages, LoraTerm, Routes, Segments, Site, make_routes, shrink_splits
 from lorry.kernels.triton.common import FUSION, dot, rounded
-from lorry.kernels.triton.lora_routes import fill_routes, page_list
+from lorry.kernels.triton.lora_routes import VECTORS, fill_routes, page_list
 
 RANK = tl.constexpr(PAGE_RANK)
 WARPS, STAGES = 4, 3  # of the stand-alone shrink
 SLICES = tl.constexpr(4)  # of K, summed side by side where tiles have 16 rows; as many in kernels of more warps
 EXPAND_COLUMNS = 128
+VECTOR_COLUMNS = tl.constexpr(32)
 
 
 @triton.jit
@@ -63,7 +66,7 @@ def shrink_tile(
     if (count > 0) & (segment >= 0):
         listed = page_offsets + page_list(segment, linear + site, LINEARS, pages)
         offset = tl.load(listed + 1 + page)
-        if page < tl.load(listed):
+        if page < tl.load(listed).to(tl.int32):
             ranks, local = tl.arange(0, RANK), tl.arange(0, TILE_ROWS)
             if TILE_ROWS == 16:
                 k = tl.arange(0, SLICES)[:, None, None] * (STEP // SLICES) + tl.arange(0, STEP // SLICES)[None, None, :]
@@ -92,6 +95,28 @@ def shrink_tile(
                 total = tl.sum(total, axis=0)
             place = (split.to(tl.int64) * capacity + start + local) * (SITES * pages) + site * pages + page
             tl.store(partial + place[:, None] * RANK + ranks[None, :], total, mask=(local < count)[:, None])
+
+
+@triton.jit
+def output_vectors(
+    columns, column_mask, segment, site, size,
+    arena, page_offsets, page_scales, linear, pages, LINEARS: tl.constexpr,
+):  # fmt: skip
+    """gain and shift of all vector pages of a segment's combo, weighted: y0 becomes y0 + gain y0 + shift.
+
+    columns: of the site, best in the shape in which they are wanted, such as [1, C]; size: N of the site. Both are
+    zeros for a segment below 0.
+    """
+    at = page_list(segment, linear + site, LINEARS, pages)
+    count = (tl.load(page_offsets + at, mask=segment >= 0, other=0) >> 32).to(tl.int32)
+    gain, shift = columns * 0.0, columns * 0.0
+    for index in tl.range(0, count, num_stages=1):
+        entry = at + pages - index
+        vectors = (arena + (tl.load(page_offsets + entry) - VECTORS)).to(tl.pointer_type(tl.float32))
+        weight = tl.load(page_scales + entry)
+        gain += weight * tl.load(vectors + columns, mask=column_mask, other=0.0)
+        shift += weight * tl.load(vectors + size + columns, mask=column_mask, other=0.0)
+    return gain, shift
 
 
 @triton.jit
@@ -244,14 +269,25 @@ def lora_expand_kernel(
         columns = block * COLUMNS + tl.arange(0, COLUMNS)
         local = tl.arange(0, TILE_ROWS)
         row_mask, column_mask = local < count, columns < size
+        first_column = tl.multiple_of(_site(site, start_0, start_1, start_2), ALIGNMENT)
+        place = y + start.to(tl.int64) * stride_y + first_column + local[:, None] * stride_y + columns[None, :]
+        mask = row_mask[:, None] & column_mask[None, :]
+        if tl.load(page_offsets + page_list(segment, linear + site, LINEARS, pages)) >> 32 > 0:
+            row_place = y + start.to(tl.int64) * stride_y + first_column + local[:, None] * stride_y
+            for part in tl.range(0, COLUMNS, VECTOR_COLUMNS, num_stages=1):  # few, for the registers
+                own = block * COLUMNS + part + tl.arange(0, VECTOR_COLUMNS)[None, :]
+                gain, shift = output_vectors(
+                    own, own < size, segment, site, size, arena, page_offsets, page_scales, linear, pages, LINEARS
+                )
+                inside = row_mask[:, None] & (own < size)
+                base = tl.load(row_place + own, mask=inside, other=0.0).to(tl.float32)
+                tl.store(row_place + own, rounded(base + (gain * base + shift), y.dtype.element_ty), mask=inside)
+            tl.debug_barrier()
         acc = expand_tile(
             tl.zeros((TILE_ROWS, COLUMNS), tl.float32),
             start + local, row_mask, columns, column_mask, segment, site, size,
             arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features, LINEARS, SITES, SPLITS,
         )  # fmt: skip
-        first_column = tl.multiple_of(_site(site, start_0, start_1, start_2), ALIGNMENT)
-        place = y + start.to(tl.int64) * stride_y + first_column + local[:, None] * stride_y + columns[None, :]
-        mask = row_mask[:, None] & column_mask[None, :]
         base = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         tl.store(place, rounded(base + acc, y.dtype.element_ty), mask=mask)
 

@@ -1,7 +1,8 @@
 """Where the rows of a batch find their adapters' pages, resolved on the GPU once per step; see `lora.Routes`.
 
     row_segment[m], tiles[t]               from the segments' bounds
-    page_offsets[s, linear, :], page_scales  the pages of all adapters of segment s, weight * scaling of each
+    page_offsets[s, linear, :], page_scales  the pages of all adapters of segment s, weight * scaling of each, and
+                                             from the end backwards their vector pages, weight of each
 
 One launch. Capacities, not the batch, fix its shapes, so that a CUDA graph can hold what reads them.
 """
@@ -11,16 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lorry.kernels import lora
 from lorry.kernels.lora import AdapterPages, Routes, Segments
 from lorry.kernels.triton.common import FUSION
 
+VECTORS = tl.constexpr(lora.VECTORS)
 ROUTE_LINEARS = 32  # that a program resolves
 LEAST_GROUPS = 64  # of rows, in one vector: fewer would be another compilation, and no quicker
 
 
 @triton.jit
 def page_list(segment, linear, LINEARS: tl.constexpr, pages):
-    """Where the pages of a linear are listed: their number, then the pages; pages: the most of a list."""
+    """Where the pages of a linear are listed: their numbers, then the pages; pages: the most of a list."""
     return (segment.to(tl.int64) * LINEARS + linear) * (pages + 1)
 
 
@@ -78,20 +81,28 @@ def fill_routes_kernel(
         page = tl.arange(0, LIST)[None, :]
         listed = page_list(segment, linear, LINEARS, pages)
         found = tl.zeros((BLOCK_LINEARS,), tl.int32)
+        vectors = tl.zeros((BLOCK_LINEARS,), tl.int32)
         for adapter in range(adapters):
             slot = tl.load(slots + segment * adapters + adapter)
             if slot >= 0:
                 own = slot.to(tl.int64) * LINEARS + linear
                 mask = (linear < LINEARS)[:, None] & (page < MAX_PAGES)
                 offset = tl.load(offsets + own[:, None] * MAX_PAGES + page, mask=mask, other=-1)
-                scale = tl.load(scaling + own, mask=linear < LINEARS, other=0.0)
-                scale *= tl.load(weights + segment * adapters + adapter)
-                where = listed[:, None] + found[:, None] + 1 + page
-                here = (offset >= 0) & (found[:, None] + page < pages)
+                weight = tl.load(weights + segment * adapters + adapter)
+                scale = tl.load(scaling + own, mask=linear < LINEARS, other=0.0)[:, None] * weight
+                is_vectors = (offset >= 0) & (offset % 2 == VECTORS)
+                is_page = (offset >= 0) & (offset % 2 == 0)
+                place = tl.where(is_vectors, pages - vectors[:, None], 1 + found[:, None] + page)
+                here = (is_vectors & (vectors[:, None] < pages)) | (is_page & (place <= pages))
+                where = listed[:, None] + place
                 tl.store(page_offsets + where, offset, mask=here)
-                tl.store(page_scales + where, tl.broadcast_to(scale[:, None], (BLOCK_LINEARS, LIST)), mask=here)
-                found += tl.sum((offset >= 0).to(tl.int32), axis=1)
-        tl.store(page_offsets + listed, tl.minimum(found, pages).to(tl.int64), mask=linear < LINEARS)
+                tl.store(page_scales + where, tl.where(is_vectors, weight, scale), mask=here)
+                found += tl.sum(is_page.to(tl.int32), axis=1)
+                vectors += tl.sum(is_vectors.to(tl.int32), axis=1)
+        vectors = tl.minimum(vectors, pages)
+        found = tl.minimum(found, pages - vectors)
+        numbers = found.to(tl.int64) + (vectors.to(tl.int64) << 32)
+        tl.store(page_offsets + listed, numbers, mask=linear < LINEARS)
 
 
 def fill_routes(routes: Routes, segments: Segments, pages: AdapterPages, rows: int) -> None:

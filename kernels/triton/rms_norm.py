@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorry.kernels.lora import LoraTerm
 from lorry.kernels.triton.common import FUSION, rounded
-from lorry.kernels.triton.lora import expand_arguments, expand_row
+from lorry.kernels.triton.lora import expand_arguments, expand_row, output_vectors
 
 PROGRAM_ELEMENTS = 1024  # of short rows that share a program
 HELD_ELEMENTS = 1 << 15  # of B that a program holds in registers at a time: 64 a thread of 512
@@ -54,7 +54,11 @@ def rms_norm_kernel(
             arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features,
             LINEARS, SITES, SPLITS, GROUP,
         )  # fmt: skip
-        value = rounded(value + term[None, :], x.dtype.element_ty).to(tl.float32)
+        gain, shift = output_vectors(
+            column, inside[None, :], tl.load(row_segment + only), 0, WIDTH,
+            arena, page_offsets, page_scales, linear, pages, LINEARS,
+        )  # fmt: skip
+        value = rounded(value + (gain * value + shift + term[None, :]), x.dtype.element_ty).to(tl.float32)
     if HAS_RESIDUAL:
         updated = rounded(stream + value, residual.dtype.element_ty)
         tl.store(place, updated, mask=mask)

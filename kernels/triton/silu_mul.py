@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorry.kernels.lora import LoraTerm
 from lorry.kernels.triton.common import FUSION, rounded
-from lorry.kernels.triton.lora import expand_arguments, expand_pair
+from lorry.kernels.triton.lora import expand_arguments, expand_pair, output_vectors
 
 TILE_ELEMENTS = 1024  # of a program: 8 a thread
 LORA_TILE_ELEMENTS = 2048  # of a program with a LoRA term: 128 columns of 16 rows
@@ -54,8 +54,14 @@ def silu_mul_kernel(
                     arena, page_offsets, page_scales, partial, linear, capacity, pages, in_features,
                     LINEARS, SITES, SPLITS,
                 )  # fmt: skip
-                gate += lora_gate
-                up += lora_up
+                gain, shift = output_vectors(
+                    columns, column_mask, segment, 0, width, arena, page_offsets, page_scales, linear, pages, LINEARS
+                )
+                gate += gain[None, :] * gate + shift[None, :] + lora_gate
+                gain, shift = output_vectors(
+                    columns, column_mask, segment, 1, width, arena, page_offsets, page_scales, linear, pages, LINEARS
+                )
+                up += gain[None, :] * up + shift[None, :] + lora_up
             gate = rounded(gate, y.dtype.element_ty).to(tl.float32)
             up = rounded(up, y.dtype.element_ty).to(tl.float32)
         active = rounded(gate / (1.0 + tl.exp(-gate)), y.dtype.element_ty).to(tl.float32)

@@ -5,6 +5,11 @@ the namespace: the adapters with revision and weight, and the cache salt; keys a
 nothing may be found across them. What precedes any other block is the node of the block before it. Nodes are numbered
 and a number is never used twice, so a chain whose middle was reused for other content is simply not found; no hash can
 collide.
+
+Adapters that act from a later token on leave the base's keys and values before it, and share them:
+
+    base ─▶ block ─▶ block ─▶ (node, namespace with `start`) ─▶ block that holds `start` ─▶ block
+                        └───▶ block of the base
 """
 
 from __future__ import annotations
@@ -21,9 +26,17 @@ class Namespace:
 
     adapters: tuple[tuple[str, str, float], ...] = ()  # (id, revision, weight) in the request's order
     cache_salt: str = ""
+    start: int = 0  # token from which the adapters act; those before it are the base's
+
+    def before(self, block: int, node: Node) -> Node:
+        """What precedes a sequence's block of that number, whose predecessor has `node` (which the first has not)."""
+        own = self.start // BLOCK_SIZE
+        if block == 0:
+            return self if own == 0 else Namespace(cache_salt=self.cache_salt)
+        return (node, self) if block == own else node
 
 
-Node = Namespace | int
+Node = Namespace | int | tuple["Node", Namespace]
 _Key = tuple[Node, tuple[int, ...]]
 
 
@@ -53,7 +66,8 @@ class PrefixIndex:
         node: Node = namespace
         blocks: list[int] = []
         for start in range(0, len(token_ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
-            found = self._nodes.get((node, tuple(token_ids[start : start + BLOCK_SIZE])))
+            parent = namespace.before(len(blocks), node)
+            found = self._nodes.get((parent, tuple(token_ids[start : start + BLOCK_SIZE])))
             if found is None:
                 break
             node = found[0]
@@ -61,7 +75,7 @@ class PrefixIndex:
         return Match(blocks, node)
 
     def insert(self, parent: Node, token_ids: Sequence[int], block: int) -> Node:
-        """Make the held, full, computed `block` findable after `parent`; returns its node.
+        """Make the held, full, computed `block` findable after `parent`, see `Namespace.before`; returns its node.
 
         When equal content is known already the known block stays the one that is found.
         """

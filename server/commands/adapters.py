@@ -1,4 +1,4 @@
-"""`lorry adapters`: the adapters of a running server."""
+"""`lorry adapters`: the adapters of a running server, and folders checked without one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorry.server.commands.check import check
 from lorry.server.commands.client import DEFAULT_SERVER, Server, connect
 
 if TYPE_CHECKING:
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
     from lorry.v1 import adapter_pb2
 
-app = typer.Typer(help="List, load, unload and pin the adapters of a running server.", no_args_is_help=True)
+app = typer.Typer(
+    help="List, load, unload and pin the adapters of a running server; check folders.", no_args_is_help=True
+)
+app.command("check")(check)
 
 Id = Annotated[str, typer.Argument(help="The adapter's id.")]
 

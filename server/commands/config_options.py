@@ -17,7 +17,7 @@ from lorry.server import config
 from lorry.server.commands import values
 from lorry.server.config import EngineConfig, ServerConfig
 
-_SIZES = {"kv_memory", "adapter_memory", "max_message_bytes"}
+_SIZES = {"kv_memory", "adapter_memory", "adapter_host_memory", "max_message_bytes"}
 _NAMES = {"adapters_dir": "--adapters", "adapter_roots": "--adapter-root", "adapter_sources": "--adapter-source"}
 _LEAST = {"port": 0, "metrics_port": 0, "drain_timeout": 0, "seed": 0, "restart_backoff": 0, "restart_backoff_max": 0}
 _SHARES = {"gpu_memory_fraction"}
@@ -42,6 +42,7 @@ def _parameter(field: dataclasses.Field[Any], kind: Any, sentence: str) -> inspe
     name = _NAMES.get(field.name, "--" + field.name.replace("_", "-"))
     default = field.default
     sentence = sentence.replace("None:", "unset:").replace("`adapters_dir`", "--adapters")
+    sentence = sentence.replace("`adapter_memory`", "--adapter-memory")
     extra: dict[str, Any] = {"help": sentence, "metavar": _METAVARS.get(field.name)}
     if kind in (int, float, int | None):
         extra["min"] = 0 if field.name in _SHARES else _LEAST.get(field.name, 1)

@@ -16,6 +16,7 @@ from lorry.server.engine.messages import (
     AdapterRef,
     AdapterReply,
     AdapterState,
+    AdapterStats,
     EngineMessage,
     ErrorInfo,
     GetAdapters,
@@ -27,6 +28,7 @@ from lorry.server.engine.report import Report
 from lorry.server.engine.sequence import Combo, Lease
 from lorry.server.errors import (
     AlreadyExists,
+    InvalidField,
     LorryError,
     MalformedAdapter,
     NotFound,
@@ -46,6 +48,7 @@ _KINDS: dict[type[theirs.AdapterError], type[LorryError]] = {
     theirs.WrongBase: WrongBase,
     theirs.RevisionMismatch: RevisionMismatch,
     theirs.AdapterExists: AlreadyExists,
+    theirs.MixRefused: InvalidField,
     theirs.PoolTooSmall: OutOfMemory,
 }
 _RESULTS = {"success": "ok", "failure": "error"}
@@ -56,6 +59,7 @@ class AdapterDesk:
 
     def __init__(self, manager: AdapterManager) -> None:
         self.manager = manager
+        self._room = manager.pool.room()
 
     @property
     def busy(self) -> bool:
@@ -63,7 +67,7 @@ class AdapterDesk:
         return self.manager.busy
 
     def request(self, refs: Sequence[AdapterRef]) -> Lease | None:
-        """A lease on a request's adapters, None for the base; raises NotFound, RevisionMismatch."""
+        """A lease on a request's adapters, None for the base; raises NotFound, RevisionMismatch, InvalidField."""
         if not refs:
             return None
         try:
@@ -111,7 +115,7 @@ class AdapterDesk:
                 case UnloadAdapter(call_id, id):
                     infos = [self.manager.unload(id)]
                 case GetAdapters(call_id, id):
-                    infos = [self.manager.get(id)] if id else self.manager.list()
+                    infos = [self.manager.get(id)] if id else self.manager.list(command.after, command.limit)
         except theirs.AdapterError as error:
             outbox.append(AdapterReply(command.call_id, error=_error_info(error)))
         else:
@@ -130,11 +134,16 @@ class AdapterDesk:
         report.adapter_loads += Counter({_RESULTS.get(name, name): n for name, n in counters.loads.items()})
         report.adapter_load_seconds += counters.load_seconds
         report.adapter_evictions += counters.evictions
+        report.adapter_copy_seconds += counters.copy_seconds
+        report.adapter_host_evictions += counters.host_evictions
+        report.adapters_found += Counter(counters.found)
 
     def measure(self, report: Report) -> None:
         """The gauges, when they are about to be sent."""
         report.adapter_pages = self.manager.pool.pages_used, self.manager.pool.pages_total
         report.adapters_loaded = self.manager.loaded()
+        tiers = self.manager.tiers()
+        report.adapters = AdapterStats(tiers.adapters, tiers.bytes, tiers.on_device, self._room)
 
     def check(self) -> None:
         self.manager.check()

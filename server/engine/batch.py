@@ -52,7 +52,7 @@ class Batch:
 
 
 def build_batch(pieces: Sequence[Piece], copies: Sequence[Copy], build_segments: Callable[[Runs], Segments]) -> Batch:
-    """Tensors for at least one piece, equal combos adjacent. `build_segments` is called if any piece has an adapter."""
+    """Tensors for at least one piece, in a plan's order. `build_segments` is called if any piece has an adapter."""
     count = len(pieces)
     starts = np.fromiter((piece.start for piece in pieces), np.int64, count)
     ends = np.fromiter((piece.end for piece in pieces), np.int64, count)
@@ -117,13 +117,17 @@ def _sources(unread: list[tuple[int, int]], total: int) -> torch.Tensor:
 
 
 def combo_runs(pieces: Sequence[Piece]) -> Runs:
-    """Lengths of the runs of rows that share a combo, over the flat batch."""
+    """Lengths of the runs of rows that share a combo, over the flat batch; tokens before a combo's start have none."""
     runs: list[tuple[int, Combo]] = []
     for piece in pieces:
-        combo, rows = piece.sequence.request.combo, piece.end - piece.start
-        if runs and runs[-1][1] == combo:
-            rows += runs.pop()[0]
-        runs.append((rows, combo))
+        request = piece.sequence.request
+        split = min(max(request.namespace.start, piece.start), piece.end)
+        for rows, combo in ((split - piece.start, ()), (piece.end - split, request.combo)):
+            if rows == 0:
+                continue
+            if runs and runs[-1][1] == combo:
+                rows += runs.pop()[0]
+            runs.append((rows, combo))
     return tuple(runs)
 
 

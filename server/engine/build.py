@@ -36,6 +36,7 @@ from lorry.server.engine.runner import SCORED_ROWS, Runner
 from lorry.server.engine.scheduler import Limits, Scheduler
 from lorry.server.engine.sequence import Request, Sequence
 from lorry.server.errors import InvalidField
+from lorry.server.model.base_weights import DecoderWeights
 from lorry.server.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,11 @@ def adapter_memory(config: EngineConfig, types: Types) -> int:
     return config.adapter_memory or (2 * GIB if types.on_gpu else 256 * MIB)
 
 
+def adapter_host_memory(config: EngineConfig, types: Types) -> int:
+    """Bytes for checked adapters in host memory."""
+    return 2 * adapter_memory(config, types) if config.adapter_host_memory is None else config.adapter_host_memory
+
+
 def token_budget(config: EngineConfig, types: Types) -> int:
     """Tokens of a step."""
     return config.token_budget or (2048 if types.on_gpu else 256)
@@ -110,10 +116,17 @@ def build_engine(
     start = GpuStart(config, limits, CudaMemory(types.device), progress) if types.on_gpu else None
     if start is not None:
         start.check_adapters(adapter_memory(config, types))
-    pool = PagePool(decoder.layout, adapter_memory(config, types), types.adapter_dtype, types.device)
+    layout = replace(
+        decoder.layout,
+        base=Path(config.model).name,
+        fingerprint=decoder.fingerprint,
+        allow_base_mismatch=config.allow_base_mismatch,
+    )
+    pool = PagePool(layout, adapter_memory(config, types), types.adapter_dtype, types.device)
     roots = tuple(Path(root) for root in config.adapter_roots)
     folder = None if config.adapters_dir is None else Path(config.adapters_dir)
-    desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool))
+    host_memory = adapter_host_memory(config, types)
+    desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool, DecoderWeights(decoder), host_memory))
 
     bytes_per_block = block_bytes(model.layers, model.kv_heads, model.head_dim, types.kv_dtype)
     if start is None:
@@ -201,6 +214,7 @@ def describe(config: EngineConfig, types: Types, engine: Engine) -> ModelInfo:
         adapter_pages=engine.adapters.manager.pool.pages_total,
         kernels=_kernels(types),
         max_weights_bytes=decoder.layout.max_weight_bytes() + MAX_HEADER_BYTES,
+        base_fingerprint=decoder.fingerprint,
     )
 
 

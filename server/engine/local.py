@@ -27,6 +27,8 @@ from lorry.server.engine.messages import (
 from lorry.server.errors import LorryError, from_wire
 from lorry.server.model.decoder import Decoder
 
+LOAD_POLL = 0.001  # seconds
+
 
 @dataclass
 class Completion:
@@ -70,9 +72,11 @@ class LocalEngine:
             self.channel.commands.append(command)
 
     def step(self) -> bool:
-        """One step; whether anything ran."""
+        """One step; whether anything ran. Where only a load could go on, it is given a moment."""
         with torch.inference_mode():
             busy = self.engine.step()
+        if not busy and self.engine.adapters.busy:
+            time.sleep(LOAD_POLL)  # or the interpreter hardly ever leaves this thread for the loader's
         self._sort(self.channel.messages)
         self.channel.messages = []
         return busy

@@ -70,6 +70,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     cache_salt: str = ""
     arrival: float = 0.0  # time.time() in the frontend
     deadline: float | None = None  # time.time() after which nobody waits for the answer
+    prompt_end: int | None = None  # tokens of the client's prompt, where others to be scored follow; None: all
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -101,10 +102,15 @@ class PinAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class GetAdapters(msgspec.Struct, frozen=True, tag=True):
-    """Ask for one adapter (NOT_FOUND when unknown) or, with an empty id, for all of them."""
+    """Ask for one adapter (NOT_FOUND when unknown) or, with an empty id, for all of them in order of their ids.
+
+    after, limit: only the first `limit` behind the id `after`; a long list at once would hold up a step.
+    """
 
     call_id: int
     id: str = ""
+    after: str = ""
+    limit: int | None = None
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
@@ -208,6 +214,24 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True):
     values: list[float]
 
 
+class AdapterStats(msgspec.Struct, frozen=True):
+    """Where adapters are and who waits for them. Tiers are "device", "host" and "disk".
+
+    by_tier: adapters, each in the first tier that has it; bytes_by_tier: of their contents; found: adapters of requests
+    by the tier that had them when the request came, host_evictions: from host memory, both since the last `Stats`
+    waiting: requests for each of the adapters that most wait for; waiting_for_others: for all others together
+    """
+
+    by_tier: dict[str, int]
+    bytes_by_tier: dict[str, int]
+    on_device: tuple[str, ...]
+    room: int  # for adapters of rank 16 on all linears, on the device
+    found: dict[str, int] = {}
+    host_evictions: int = 0
+    waiting: dict[str, int] = {}
+    waiting_for_others: int = 0
+
+
 class Stats(msgspec.Struct, frozen=True, tag=True):
     """The engine's gauges, and what its counters gained since the last one; at most a few a second."""
 
@@ -222,6 +246,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     adapter_evictions: int = 0
     histograms: list[Histogram] = []
     adapters_loaded: int = 0
+    adapters: AdapterStats | None = None
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -246,6 +271,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     adapter_pages: int
     kernels: str  # which launchers serve: "native", "native-int16", "reference", "triton"
     max_weights_bytes: int = 0  # of an adapter's file of tensors
+    base_fingerprint: str = ""  # of the quantized linears; "" where they are random
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -21,7 +21,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Plan:
-    """One step. Pieces of equal combos are adjacent, and so are those of one request."""
+    """One step. Pieces whose last tokens have equal combos are adjacent, and of these, those of one request."""
 
     pieces: list[Piece] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)  # blocks to copy before the step writes
@@ -34,7 +34,8 @@ class Plan:
 
 def _row_order(piece: Piece) -> tuple[tuple[tuple[int, float], ...], int, int]:
     request = piece.sequence.request
-    return request.combo, request.order, piece.sequence.index
+    combo = request.combo if piece.end > request.namespace.start else ()
+    return combo, request.order, piece.sequence.index
 
 
 def first_share(remaining: int, left: int) -> int:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 
-from lorry.server.engine.messages import Histogram, Stats
+import msgspec
+
+from lorry.server.engine.messages import AdapterStats, Histogram, Stats
 from lorry.server.engine.scheduler import Scheduler
 
 INTERVAL = 0.25  # seconds between two messages while there is work
 
 QUEUE_SECONDS = "request_queue_seconds"
 ADAPTER_LOAD_SECONDS = "adapter_load_seconds"
+ADAPTER_COPY_SECONDS = "adapter_copy_seconds"
+MOST_NAMED = 64  # adapters that requests wait for, told by name
 
 
 class Report:
@@ -24,6 +28,10 @@ class Report:
         self.adapter_evictions = 0
         self.adapter_pages = (0, 0)  # used, total
         self.adapters_loaded = 0
+        self.adapter_copy_seconds: list[float] = []
+        self.adapter_host_evictions = 0
+        self.adapters_found: Counter[str] = Counter()
+        self.adapters = AdapterStats({}, {}, (), 0)  # the gauges of it
         self._preemptions = 0
         self._next = 0.0
         self._last: tuple[object, ...] = ()
@@ -35,13 +43,25 @@ class Report:
     def stats(self, now: float) -> Stats | None:
         """What is to be sent at `now`; None when nothing has changed since the last time."""
         scheduler, allocator = self.scheduler, self.scheduler.allocator
+        waiting, others = self._waiting()
+        adapters = msgspec.structs.replace(
+            self.adapters,
+            found=dict(self.adapters_found),
+            host_evictions=self.adapter_host_evictions,
+            waiting=waiting,
+            waiting_for_others=others,
+        )
         gauges = (len(scheduler.running), len(scheduler.waiting), allocator.used, *self.adapter_pages)
         preemptions = scheduler.preemptions - self._preemptions
-        observed = ((QUEUE_SECONDS, self.queue_seconds), (ADAPTER_LOAD_SECONDS, self.adapter_load_seconds))
+        observed = (
+            (QUEUE_SECONDS, self.queue_seconds),
+            (ADAPTER_LOAD_SECONDS, self.adapter_load_seconds),
+            (ADAPTER_COPY_SECONDS, self.adapter_copy_seconds),
+        )
         histograms = [Histogram(name, values) for name, values in observed if values]
         gained = preemptions or self.adapter_loads or self.adapter_evictions or histograms
         self._next = now + INTERVAL
-        if not gained and self._last == (*gauges, self.adapters_loaded):
+        if not gained and self._last == (*gauges, self.adapters_loaded, adapters):
             return None
         stats = Stats(
             running=gauges[0],
@@ -55,9 +75,19 @@ class Report:
             adapter_evictions=self.adapter_evictions,
             histograms=histograms,
             adapters_loaded=self.adapters_loaded,
+            adapters=adapters,
         )
-        self._last = (*gauges, self.adapters_loaded)
+        empty = msgspec.structs.replace(adapters, found={}, host_evictions=0)
+        self._last = (*gauges, self.adapters_loaded, empty)
         self._preemptions = scheduler.preemptions
         self.queue_seconds, self.adapter_load_seconds = [], []
         self.adapter_loads, self.adapter_evictions = Counter(), 0
+        self.adapter_copy_seconds, self.adapter_host_evictions, self.adapters_found = [], 0, Counter()
         return stats
+
+    def _waiting(self) -> tuple[dict[str, int], int]:
+        """Requests that wait for an adapter, by its id, the most first, and those for adapters that are not named."""
+        requests = {sequence.request: None for sequence in self.scheduler.waiting}
+        counts = Counter(adapter for request in requests for adapter in set(request.wants))
+        named = dict(counts.most_common(MOST_NAMED))
+        return named, counts.total() - sum(named.values())

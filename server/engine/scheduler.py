@@ -8,8 +8,8 @@ Every list is in rank order: protected sequences first, then by priority, then b
 token for each running sequence; what is left of the token budget goes to prompts, in chunks. A decode that finds no
 block takes those of the sequence with the last rank, which is recomputed later. Nobody starves: the first in rank is
 never preempted, a sequence preempted PROTECT_AFTER times ranks before all others, and every OLDEST_EVERY-th admission
-goes to the oldest, whatever its priority. A request whose adapters are not ready is passed over; whom `ready` lets in
-while others wait for room is the adapters' business.
+goes to the oldest, whatever its priority. A request whose adapters are not ready is passed over, however many there
+are; whom `ready` lets in while others wait for room is the adapters' business.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorry.server.errors import AlreadyExists, InvalidField, LorryError, OutOfMe
 
 PROTECT_AFTER = 3
 OLDEST_EVERY = 8
-MOST_UNREADY = 256  # passed over in one plan, which bounds its time
+MOST_UNREADY = 256  # asked for in one plan, beside one for each set of adapters, which bounds its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,8 @@ class Scheduler:
             return
         while (end := (sequence.registered + 1) * BLOCK_SIZE) <= min(piece.end, sequence.computed):
             block = sequence.table.blocks[sequence.registered]
-            sequence.node = self.index.insert(sequence.node, sequence.tokens(end - BLOCK_SIZE, end), block)
+            parent = sequence.request.namespace.before(sequence.registered, sequence.node)
+            sequence.node = self.index.insert(parent, sequence.tokens(end - BLOCK_SIZE, end), block)
             sequence.registered += 1
 
     def _decode(self, plan: Plan) -> None:
@@ -216,12 +217,17 @@ class Scheduler:
         """Make waiting sequences run, one by one as they are asked for."""
         slots = self.limits.max_running - sum(sequence.width for sequence in self.running)
         unready = 0
+        refused: set[tuple[str, ...]] = set()
         for sequence in self._in_turn():
             request = sequence.request
+            if request.lease is not None and request.lease.absent:
+                continue
             if sequence.status is Status.RUNNING or sequence.unread:  # it was preempted a moment ago
                 continue
-            if sequence.width > slots or unready == MOST_UNREADY:
+            if sequence.width > slots:
                 break
+            if unready >= MOST_UNREADY and request.wants in refused:
+                continue
             try:
                 ready = request.lease is None or self.residency.ready(request.lease)
             except LorryError as error:
@@ -230,6 +236,7 @@ class Scheduler:
                 continue
             if not ready:
                 unready += 1
+                refused.add(request.wants)
                 continue
             if not self._reserve(sequence):
                 break
@@ -269,7 +276,7 @@ class Scheduler:
         if request.lease is not None:
             if not self._runs(request):
                 self.residency.pin(request.lease)
-            request.combo = request.lease.combo
+            request.combo = request.lease.combo if request.namespace.adapters else ()
         self._admitted += 1
         self.waiting.remove(sequence)
         sequence.status = Status.RUNNING

@@ -6,6 +6,7 @@ import enum
 import itertools
 from typing import TYPE_CHECKING, Protocol
 
+from lorry.adapters.activation import activation
 from lorry.server.cache.block_table import BlockTable
 from lorry.server.cache.prefix import Namespace, Node
 from lorry.server.engine.messages import AdapterRef, Generate, Timings, TokenLogprobs
@@ -27,8 +28,18 @@ class Lease(Protocol):
         ...
 
     @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        """Of a lease on one activated LoRA, else (); known and fixed as the revisions are."""
+        ...
+
+    @property
     def combo(self) -> Combo:
         """Valid while the lease is pinned."""
+        ...
+
+    @property
+    def absent(self) -> bool:
+        """Whether adapters are on their way, so that the lease cannot be ready."""
         ...
 
 
@@ -44,7 +55,10 @@ class Request:
 
     order: number of the request in this engine, by arrival
     lease: None for the base
-    adapters, namespace: of what the request runs on, with revisions; void before `resolve`
+    adapters, namespace: of what the request runs on, with revisions; void before `resolve`. The namespace has no
+        adapters where they are not invoked
+    wants: ids of its adapters
+    combo: what tokens from `namespace.start` on use, the base before; valid while a sequence runs
     pending: indices of sequences that are not born yet; the first sequence carries the prompt for all of them
     """
 
@@ -54,9 +68,10 @@ class Request:
         self.prompt = message.prompt_token_ids
         self.order = order
         self.lease = lease
+        self.wants = tuple(ref.id for ref in message.adapters)
         self.adapters: tuple[AdapterRef, ...] = ()
         self.namespace = Namespace()
-        self.combo: Combo = ()  # valid while a sequence runs
+        self.combo: Combo = ()
         self.pending = list(range(message.sampling.n))
         self.sequences: list[Sequence] = []
         self.cached_tokens = 0
@@ -65,15 +80,21 @@ class Request:
         self.prefilled: float | None = None  # time.time() of the first token
 
     def resolve(self) -> None:
-        """Read the revisions of a lease that is ready."""
+        """Read the revisions of a lease that is ready, and find where in the prompt its adapters begin to act."""
         revisions = () if self.lease is None else self.lease.revisions
-        self.adapters = tuple(
+        adapters = tuple(
             AdapterRef(ref.id, ref.weight, revision)
             for ref, revision in zip(self.message.adapters, revisions, strict=True)
         )
-        self.namespace = Namespace(
-            tuple((ref.id, ref.revision or "", ref.weight) for ref in self.adapters), self.message.cache_salt
-        )
+        if adapters and adapters == self.adapters:
+            return
+        self.adapters = adapters
+        start: int | None = 0
+        if self.lease is not None and (invocation_tokens := self.lease.invocation_tokens):
+            start = activation(self.prompt[: self.message.prompt_end], invocation_tokens)
+        keys = tuple((ref.id, ref.revision or "", ref.weight) for ref in adapters)
+        salt = self.message.cache_salt
+        self.namespace = Namespace(cache_salt=salt) if start is None else Namespace(keys, salt, start)
 
     @property
     def score_from(self) -> int | None:

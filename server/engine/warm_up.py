@@ -4,7 +4,8 @@ What a kernel is compiled for depends on a step in four ways only:
 
     rows                 the products' plans and tiles, those of silu_mul, the tiles of LoRA routes
     rows of a sequence   attention's plans and the queries of its decode plan
-    sequences            the groups of LoRA routes; the rows of logits, where the head is a product like the others
+    sequences            the groups of LoRA routes, twice as many where each sequence's adapter begins to act within its
+                         rows; the rows of logits, where the head is a product like the others
     adapters or none
 
 each by powers of two. The rest (lengths of texts, widths of block tables, adapters, pages) are numbers at run time. So
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -26,11 +28,13 @@ from lorry.server.model.inputs import ModelInputs
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """lengths: rows of each sequence; adapters: most of a combo, 0: a step without; pages: `Segments.page_bound`."""
+    """lengths: rows of each sequence; adapters: most of a combo, 0: a step without; pages: `Segments.page_bound`;
+    cut: the adapters of sequences of several rows act on the last of these only."""
 
     lengths: tuple[int, ...]
     adapters: int = 0
     pages: int = 0
+    cut: bool = False
 
     @property
     def rows(self) -> int:
@@ -48,9 +52,12 @@ def warm_up_shapes(limits: Limits) -> list[Shape]:
     most = most_rows(limits)
     found = dict[Shape, None]()
     for rows in (*_powers(most), min(most, limits.context_length), most):
-        for sequences in (-(-rows // limits.context_length), min(rows, limits.max_running)):
+        few, many = -(-rows // limits.context_length), min(rows, limits.max_running)
+        for sequences in (few, many):
             for adapters in (0, 1):
                 found[Shape(_shared(rows, sequences), adapters, adapters)] = None
+        if rows > many:
+            found[Shape(_shared(rows, many), 1, 1, cut=True)] = None
     return list(found)
 
 
@@ -60,7 +67,7 @@ def largest_step(limits: Limits, adapters: int, pages: int) -> Shape:
     for others in reversed(range(limits.max_running)):
         lengths.append(min(limits.context_length, left - others))
         left -= lengths[-1]
-    return Shape(tuple(lengths), adapters, pages)
+    return Shape(tuple(lengths), adapters, pages, cut=adapters > 0)
 
 
 def decode_step(rows: int, adapters: int, pages: int) -> Shape:
@@ -80,9 +87,11 @@ def inputs_of(shape: Shape, table_blocks: int, device: torch.device) -> ModelInp
     assert max(shape.lengths) <= table_blocks * BLOCK_SIZE
     segments = None
     if shape.adapters:
-        combos = (count, shape.adapters)
+        parts = _halves(shape.lengths) if shape.cut else shape.lengths
+        bounds = torch.tensor([0, *accumulate(parts)], dtype=torch.int32, device=device)
+        combos = (len(parts), shape.adapters)
         slots = torch.full(combos, -1, dtype=torch.int32, device=device)
-        segments = Segments(starts.clone(), slots, torch.zeros(combos, device=device), shape.pages)
+        segments = Segments(bounds, slots, torch.zeros(combos, device=device), shape.pages)
     return ModelInputs(
         token_ids=torch.zeros(shape.rows, dtype=torch.int64, device=device),
         positions=torch.cat([torch.arange(length, device=device) for length in shape.lengths]),
@@ -112,3 +121,8 @@ def _shared(rows: int, sequences: int) -> tuple[int, ...]:
     """`rows` over so many sequences, as even as can be."""
     each, more = divmod(rows, sequences)
     return (each + 1,) * more + (each,) * (sequences - more)
+
+
+def _halves(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Each length in two, as far as can be."""
+    return tuple(part for length in lengths for part in (length // 2, length - length // 2) if part)

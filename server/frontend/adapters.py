@@ -32,6 +32,7 @@ from lorry.server.sources.address import is_address
 logger = logging.getLogger(__name__)
 
 Infos = list[AdapterInfo]
+_PART = 128  # of a list that the engine is asked for at once: a millisecond or two between two steps
 Lasting = LoadAdapter | UnloadAdapter | PinAdapter  # what a new engine is told again
 AdapterCommand = Lasting | GetAdapters
 
@@ -104,9 +105,16 @@ class EngineAdapters:
         (info,) = await self._call(GetAdapters(next(self._calls), id))
         return info
 
-    async def list(self) -> Infos:
-        infos = await self._call(GetAdapters(next(self._calls)))
-        return sorted(infos, key=lambda info: info.id)
+    async def list(self, after: str = "", limit: int | None = None) -> Infos:
+        found: Infos = []
+        while limit is None or len(found) < limit:
+            part = _PART if limit is None else min(_PART, limit - len(found))
+            infos = await self._call(GetAdapters(next(self._calls), after=after, limit=part))
+            found += infos
+            if len(infos) < part:
+                break
+            after = infos[-1].id
+        return found
 
     async def watch(self, ids: Collection[str] = ()) -> AsyncGenerator[AdapterChange, None]:
         watcher = _Watcher(frozenset(ids))

@@ -253,7 +253,7 @@ class EngineFrontend:
         tokenizer, response = self._require_tokenizer(), request.response
         command = generate_command(request, entry.wire_id, token_ids, self.model_info)
         if score_from is not None:
-            command = msgspec.structs.replace(command, prompt_logprobs_from=score_from)
+            command = msgspec.structs.replace(command, prompt_logprobs_from=score_from, prompt_end=score_from)
         if not tokenizer.knows_text:
             check_no_text(request)
         stop = StopStrings(request.stopping.stop) if request.stopping.stop else None

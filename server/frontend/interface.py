@@ -107,8 +107,8 @@ class Adapters(Protocol):
     async def get(self, id: str) -> AdapterInfo:
         """NotFound when unknown."""
 
-    async def list(self) -> list[AdapterInfo]:
-        """All of them, ordered by id."""
+    async def list(self, after: str = "", limit: int | None = None) -> list[AdapterInfo]:
+        """At most `limit` of them (None: all), ordered by id, from the first behind the id `after` on."""
 
     def watch(self, ids: Collection[str] = ()) -> AsyncIterator[AdapterChange]:
         """Every known adapter (of `ids`, if any) as PRESENT, then changes; a slow reader gets the last of each.

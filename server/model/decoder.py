@@ -38,7 +38,7 @@ from lorry.server.model.inputs import ModelInputs
 from lorry.server.model.placement import Placement
 from lorry.server.model.projection import Projection, nf4_bytes
 from lorry.server.model.step import KeyValueCache, Step, adapters_of
-from lorry.server.model.weights import Checkpoint, read_ends, read_layer
+from lorry.server.model.weights import Checkpoint, layout_of, read_ends, read_layer
 from lorry.server.model.writer import Progress
 
 
@@ -61,7 +61,8 @@ class Layer:
 class Decoder:
     """A loaded model. Build it with `load_model`; everything it is asked for goes through arguments.
 
-    `config`: its shape; `layout`: the linears that adapters can change; `dtype`: of activations; `device`.
+    `config`: its shape; `layout`: the linears that adapters can change; `dtype`: of activations; `device`;
+    `fingerprint`: of the quantized base, "" where `load_model` has set none.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Decoder:
         device: torch.device,
     ) -> None:
         self.config = config
+        self.fingerprint = ""
         self.dtype = dtype
         self.device = device
         shapes = config.linear_shapes()
@@ -211,10 +213,7 @@ class Decoder:
     @property
     def layout(self) -> ModelLayout:
         """The linears that adapters can change: site → (K, N)."""
-        shapes = self.config.linear_shapes()
-        return ModelLayout(
-            layers=self.config.layers, sites={site: (shapes[site][1], shapes[site][0]) for site in SITES}
-        )
+        return layout_of(self.config)
 
     @property
     def projections(self) -> tuple[Projection, ...]:

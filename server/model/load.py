@@ -12,8 +12,10 @@ from lorry.kernels.nf4_linear import Products
 from lorry.server.config import LoadFormat
 from lorry.server.model.config import ModelConfig
 from lorry.server.model.decoder import Decoder
+from lorry.server.model.digests import NAME as DIGESTS_NAME
 from lorry.server.model.digests import verify_digests
 from lorry.server.model.errors import MalformedCheckpoint, UnsupportedModel
+from lorry.server.model.fingerprint import FINGERPRINT_NAME, Fingerprinting, fingerprint
 from lorry.server.model.quantizing import QuantizingCheckpoint
 from lorry.server.model.readers.bitsandbytes import BitsandbytesCheckpoint, check_quantization
 from lorry.server.model.readers.dummy import DummyCheckpoint, dummy_folder
@@ -55,13 +57,18 @@ def load_model(
     "load", counted in layers. A converted model whose files do not match their digests is converted again.
     Raises ModelNotFound, UnsupportedModel, MalformedCheckpoint.
     """
+    known = ""
     if load_format == "dummy":
         checkpoint: Checkpoint = DummyCheckpoint(read_config(dummy_folder(source))[0], device, seed)
     else:
-        checkpoint = open_checkpoint(_verified(source, progress), device)
-    return Decoder.from_checkpoint(
+        folder = _verified(source, progress)
+        known = stored_fingerprint(folder)
+        checkpoint = open_checkpoint(folder, device) if known else Fingerprinting(open_checkpoint(folder, device))
+    decoder = Decoder.from_checkpoint(
         checkpoint, device=device, dtype=dtype, products=products, context_length=context_length, progress=progress
     )
+    decoder.fingerprint = checkpoint.fingerprint() if isinstance(checkpoint, Fingerprinting) else known
+    return decoder
 
 
 def _verified(source: str, progress: Progress | None) -> Path:
@@ -82,6 +89,17 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if config is None:
         raise MalformedCheckpoint(f"{folder} has no config.json", field="config.json")
     return ModelConfig.from_hf(config, read_json(folder, "generation_config.json")), dict(config)
+
+
+def stored_fingerprint(folder: Path) -> str:
+    """The fingerprint that stands in a folder of ours, under its digests; "" where there is none."""
+    digests = read_json(folder, DIGESTS_NAME) or {}
+    return (folder / FINGERPRINT_NAME).read_text().strip() if FINGERPRINT_NAME in digests else ""
+
+
+def base_fingerprint(folder: Path) -> str:
+    """The fingerprint of the base that `load_model` makes of a folder: stored, or computed from all its linears."""
+    return stored_fingerprint(folder) or fingerprint(open_checkpoint(folder))
 
 
 def open_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpoint:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lorry.kernels.linear import DenseLinear, dense_linear
 from lorry.kernels.lora import LoraTerm, lora_shrink
-from lorry.kernels.nf4 import NF4Weight
+from lorry.kernels.nf4 import NF4Weight, dequantize
 from lorry.kernels.nf4_linear import NF4Linear, Products, nf4_linear
-from lorry.server.model.placement import tables_of
+from lorry.server.model.placement import Placement, tables_of
 from lorry.server.model.weights import LinearWeight
 
 
@@ -33,6 +33,7 @@ class Projection:
     ) -> None:
         pairs = list(zip(weights, biases or [None] * len(weights), strict=True))
         self.pieces: list[NF4Linear | DenseLinear] = []
+        self._sizes: list[list[int]] = []  # N_i of each piece
         for _, run in groupby(pairs, key=lambda pair: _kind(pair[0])):
             group = list(run)
             nf4 = [weight for weight, _ in group if isinstance(weight, NF4Weight)]
@@ -40,6 +41,7 @@ class Projection:
             bias = _fused_bias(group)
             joined = NF4Linear(nf4, bias, products) if nf4 else DenseLinear(_joined(dense, dense_dtype), bias)
             self.pieces.append(joined)
+            self._sizes.append([weight.shape[0] for weight, _ in group])
         self.nf4_weights = sum(w.shape[0] * w.shape[1] for w in weights if isinstance(w, NF4Weight))
         self.tables = [table for w in weights if isinstance(w, NF4Weight) for table in tables_of(w)]
         self.parameters = sum(w.shape[0] * w.shape[1] for w in weights)
@@ -50,6 +52,20 @@ class Projection:
         """Bytes of the weights in floating point and of the biases."""
         dense = sum(piece.nbytes for piece in self.pieces if isinstance(piece, DenseLinear))
         return dense + sum(piece.bias.nbytes for piece in self.pieces if piece.bias is not None)
+
+    def part(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [N_i, K], dequantized, and bias [N_i] or None of one of the linears, float32 copies in host memory."""
+        number = 0
+        while index >= len(self._sizes[number]):
+            index -= len(self._sizes[number])
+            number += 1
+        piece, sizes = self.pieces[number], self._sizes[number]
+        rows = slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+        if isinstance(piece, NF4Linear):
+            weight = dequantize(_in_host_memory(piece.parts[index]), torch.float32)
+        else:
+            weight = piece.weight[rows].to("cpu", torch.float32, copy=True)
+        return weight, None if piece.bias is None else piece.bias[rows].to("cpu", torch.float32, copy=True)
 
     def project(self, x: Tensor, shrink: LoraTerm | None = None) -> Tensor:
         """x [M, K] → [M, ΣN] in x's dtype; on a GPU the first half of a LoRA term of the same x is done on the side."""
@@ -72,6 +88,12 @@ def _apply(x: Tensor, piece: NF4Linear | DenseLinear, shrink: LoraTerm | None = 
     if shrink is not None:
         lora_shrink(x, shrink)
     return dense_linear(x, piece)
+
+
+def _in_host_memory(weight: NF4Weight) -> NF4Weight:
+    placed = Placement(torch.device("cpu")).place(weight)
+    assert isinstance(placed, NF4Weight)
+    return placed
 
 
 def _kind(weight: LinearWeight) -> tuple[object, ...]:

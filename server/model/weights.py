@@ -103,3 +103,9 @@ def read_ends(checkpoint: Checkpoint) -> EndWeights:
         final_norm=checkpoint.tensor(FINAL_NORM, (config.hidden_size,)),
         head=None if config.tie_embeddings else checkpoint.linear(HEAD, shape),
     )
+
+
+def layout_of(config: ModelConfig) -> ModelLayout:
+    """The linears that adapters can change: site → (K, N)."""
+    shapes = config.linear_shapes()
+    return ModelLayout(layers=config.layers, sites={site: (shapes[site][1], shapes[site][0]) for site in SITES})

@@ -21,6 +21,7 @@ from torch import Tensor
 from lorry.adapters.layout import ModelLayout
 from lorry.kernels.nf4 import NF4Weight
 from lorry.server.model.digests import write_digests
+from lorry.server.model.fingerprint import FINGERPRINT_NAME, Fingerprinting
 from lorry.server.model.readers.bitsandbytes import STATE
 from lorry.server.model.weights import (
     EMBEDDING,
@@ -57,7 +58,9 @@ def write_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        dtypes = _write_tensors(checkpoint, aside, progress)
+        tap = Fingerprinting(checkpoint)
+        dtypes = _write_tensors(tap, aside, progress)
+        (aside / FINGERPRINT_NAME).write_text(tap.fingerprint() + "\n")
         config = {**hf_config, "quantization_config": quantization_config(dtypes)}
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         add_files(aside)

@@ -1,12 +1,13 @@
 """Every Prometheus metric of the server, in a registry of its own.
 
 Label values come from closed sets: whatever is not in one is counted as "other", so that no client can grow
-the page. Times are seconds.
+the page. Ids of adapters are labels only of the few that most requests wait for, and of one series in the form that the
+Kubernetes Gateway API inference extension reads. Times are seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -21,6 +22,9 @@ LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 3
 
 FINISH_REASONS = frozenset({"eos", "stop", "length", "time_limit", "aborted", "cancelled", "deadline", "error"})
 LOAD_RESULTS = frozenset({"ok", "error"})
+TIERS = ("device", "host", "disk")
+WAITING_SHOWN = 10
+"""Adapters that have a series of their own in lorry_adapter_requests_waiting; the rest is "(other)"."""
 GRPC_CODES = frozenset(
     {
         "OK",
@@ -117,6 +121,51 @@ class Metrics:
         )
         self.adapter_pages_used = Gauge("lorry_adapter_pages_used", "Rank pages in use.", registry=r)
         self.adapter_pages_total = Gauge("lorry_adapter_pages_total", "Rank pages there are.", registry=r)
+        self.adapters = Gauge(
+            "lorry_adapters",
+            "Adapters, each in the first place that has it: device, host (memory), disk.",
+            ["tier"],
+            registry=r,
+        )
+        self.adapter_bytes = Gauge(
+            "lorry_adapter_bytes",
+            "Bytes of adapters on the device and in host memory, copies there of what is on the device included.",
+            ["tier"],
+            registry=r,
+        )
+        self.adapter_requests = Counter(
+            "lorry_adapter_requests_total",
+            "Adapters of requests, by the place that had them when the request came: device, host, disk.",
+            ["tier"],
+            registry=r,
+        )
+        self.adapter_tier_load = Histogram(
+            "lorry_adapter_tier_load_seconds",
+            "host: from disk to host memory, checks included; device: from there to the device, once there is room.",
+            ["tier"],
+            buckets=LOAD_BUCKETS,
+            registry=r,
+        )
+        self.adapter_tier_evictions = Counter(
+            "lorry_adapter_tier_evictions_total",
+            "Adapters that left the device, and those that left host memory and are on disk only.",
+            ["tier"],
+            registry=r,
+        )
+        self.adapter_requests_waiting = Gauge(
+            "lorry_adapter_requests_waiting",
+            f"Requests that wait, for each of the {WAITING_SHOWN} adapters that most wait for and for the (other)s.",
+            ["adapter"],
+            registry=r,
+        )
+        self.lora_requests_info = Gauge(
+            "lorry_lora_requests_info",
+            "When the labels were last true, as Unix time; what the Gateway API inference extension routes by.",
+            ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+            registry=r,
+        )
+        self._waiting_shown: set[str] = set()
+        self._lora_labels: tuple[str, str, str] | None = None
         self.engine_up = Gauge("lorry_engine_up", "1 while the engine process serves, else 0.", registry=r)
         self.build_info = Gauge(
             "lorry_build_info",
@@ -128,6 +177,13 @@ class Metrics:
             self.requests_finished.labels(reason)
         for result in LOAD_RESULTS:
             self.adapter_loads.labels(result)
+        for tier in TIERS:
+            self.adapters.labels(tier)
+            self.adapter_requests.labels(tier)
+        for tier in ("device", "host"):
+            self.adapter_bytes.labels(tier)
+            self.adapter_tier_load.labels(tier)
+            self.adapter_tier_evictions.labels(tier)
 
     def allow_grpc_methods(self, methods: frozenset[str]) -> None:
         """Add full names ("/lorry.v1.GenerationService/Generate") to the closed set of label values."""
@@ -147,6 +203,25 @@ class Metrics:
         """Count loads that ended, by one of LOAD_RESULTS."""
         for result, count in by_result.items():
             self.adapter_loads.labels(result if result in LOAD_RESULTS else "other").inc(count)
+
+    def adapters_waited_for(self, waiting: Mapping[str, int], others: int) -> None:
+        """Set how many requests wait for which adapters; those that most wait for come first."""
+        named = list(waiting.items())
+        shown = dict(named[:WAITING_SHOWN])
+        shown["(other)"] = others + sum(count for _, count in named[WAITING_SHOWN:])
+        for adapter, count in shown.items():
+            self.adapter_requests_waiting.labels(adapter).set(count)
+        for adapter in self._waiting_shown - shown.keys():
+            self.adapter_requests_waiting.remove(adapter)
+        self._waiting_shown = set(shown)
+
+    def lora_requests(self, room: int, on_device: Sequence[str], waiting: Sequence[str], now: float) -> None:
+        """Say which adapters are ready to serve and which are waited for, true at the Unix time `now`."""
+        labels = str(max(room, len(on_device))), ",".join(on_device), ",".join(waiting)
+        self.lora_requests_info.labels(*labels).set(now)
+        if self._lora_labels not in (None, labels):
+            self.lora_requests_info.remove(*self._lora_labels)
+        self._lora_labels = labels
 
     def engine_started(self, model: str, device: str) -> None:
         """The engine serves `model` on `device`."""

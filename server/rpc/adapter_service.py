@@ -60,10 +60,10 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.ListAdaptersRequest, context: _Context
     ) -> adapter_pb2.ListAdaptersResponse:
         size, after = convert.page(request)
-        rest = [info for info in await self._adapters.list() if info.id > after]
+        found = await self._adapters.list(after, size + 1)
         return adapter_pb2.ListAdaptersResponse(
-            adapters=[render.adapter(info) for info in rest[:size]],
-            next_page_token=rest[size - 1].id if len(rest) > size else "",
+            adapters=[render.adapter(info) for info in found[:size]],
+            next_page_token=found[size - 1].id if len(found) > size else "",
         )
 
     async def WatchAdapters(

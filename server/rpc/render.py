@@ -171,6 +171,7 @@ def model_info(info: messages.ModelInfo) -> control_pb2.GetModelInfoResponse:
         block_size=info.block_size,
         adapter_pages=info.adapter_pages,
         kernels=info.kernels,
+        base_fingerprint=info.base_fingerprint,
     )
 
 

@@ -27,6 +27,7 @@ from lorry.kernels.lora import SITES
 sys.path.insert(0, str(Path(__file__).parent))  # random_adapters.py and fake_device.py serve several tests here
 
 from fake_device import FakeDevice
+from random_adapters import NoBase
 
 PATIENCE = 60.0  # seconds; only a hang takes that long
 
@@ -105,14 +106,22 @@ class Driver:
     lagging: its pool is on a device that does little between two polls.
     """
 
-    def __init__(self, layout: ModelLayout, folder: Path, capacity: int, lagging: bool = False, **pool: Any) -> None:
+    def __init__(
+        self,
+        layout: ModelLayout,
+        folder: Path,
+        capacity: int,
+        lagging: bool = False,
+        host_memory: int = 0,
+        **pool: Any,
+    ) -> None:
         self.device = FakeDevice()
         if lagging:
             ring = self.device.pin(torch.zeros(1 << 14, dtype=torch.uint8))
             pool["uploads"] = Beside(self.device.steps, self.device.copies, ring)
         self.pool = PagePool(layout, capacity, **pool)
         self.pool.pages.arena.fill_(torch.nan)
-        self.manager = AdapterManager(Catalog(folder), self.pool)
+        self.manager = AdapterManager(Catalog(folder), self.pool, NoBase(), host_memory)
         self.events: list[AdapterChanged] = []
         self.replies: dict[int, AdapterReply] = {}
 
@@ -152,6 +161,15 @@ class Driver:
     def settle(self) -> None:
         """Poll until nothing is under way."""
         self.until(lambda: not self.manager.busy)
+
+    def look(self, times: int = 2) -> None:
+        """Poll until so many looks at the disk are over and what they saw is known."""
+        news = self.manager._news
+        for _ in range(times):
+            time.sleep(0.01)  # the least difference of two times of files
+            news._next = 0.0
+            self.until(lambda: news._watch.looking)
+            self.until(lambda: not news._watch.looking and not news.busy)
 
     def polls(self, count: int = 20) -> None:
         for _ in range(count):

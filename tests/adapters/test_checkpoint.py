@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_adapters import NoBase
 from torch import Tensor
 
 from lorry.adapters.canonical import CanonicalAdapter
@@ -29,7 +30,7 @@ Edit = Callable[[dict[str, Tensor]], object]
 def load(folder: Path, layout: ModelLayout, dtype: torch.dtype = torch.float32) -> CanonicalAdapter:
     place = Catalog(folder.parent).find(folder.name)
     assert place is not None
-    return load_adapter(place, layout, dtype)
+    return load_adapter(place, layout, dtype, NoBase())
 
 
 def rename(change: Callable[[str], str]) -> Edit:
@@ -103,7 +104,7 @@ HOSTILE: dict[str, tuple[Edit, type[AdapterError], str]] = {
     "dora": (
         put(Q0.replace("lora_", "lora_magnitude_vector"), torch.ones(43)),
         MalformedAdapter,
-        "lora_magnitude_vector",
+        "lora_magnitude_vector needs use_dora to be true",
     ),
     "embedding": (
         put("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(8, 9)),
@@ -111,7 +112,12 @@ HOSTILE: dict[str, tuple[Edit, type[AdapterError], str]] = {
         "lora_embedding_A",
     ),
     "head": (put("base_model.model.lm_head.lora_A.weight", torch.ones(8, 37)), MalformedAdapter, "lm_head"),
-    "bias": (put(Q0 + "B.bias", torch.ones(43)), MalformedAdapter, "lora_B.bias"),
+    "bias of B": (put(Q0 + "B.bias", torch.ones(43)), MalformedAdapter, "lora_B.bias needs lora_bias to be true"),
+    "bias": (
+        put(Q0.replace("lora_", "bias"), torch.ones(43)),
+        MalformedAdapter,
+        'needs bias to be "all" or "lora_only"',
+    ),
     "not a target": (
         lambda t: [
             t.update({n.replace("q_proj", "k_proj"): torch.ones(s)})
@@ -209,7 +215,7 @@ CONTAINERS = {
     "empty": (b"", "shorter than its header"),
     "short": (b"\0" * 7, "shorter than its header"),
     "header beyond the file": (container({}, length=1 << 20), "truncated"),
-    "huge header": (container({}, length=1 << 63), "truncated"),
+    "huge header": (container({}, length=1 << 63), "at most 4194304 are read"),
     "no JSON": (container(b"{]"), "not valid JSON"),
     "a list": (container([]), "an object is expected"),
     "a key twice": (container(b'{"a": 1, "a": 2}'), "appears twice"),
@@ -300,8 +306,8 @@ def test_links_out_of_the_roots_are_refused(layout: ModelLayout, write_adapter: 
 
 
 def test_unsupported_configs_come_before_tensors(layout: ModelLayout, write_adapter: Any, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "a", use_dora=True, edit=spoil(float("nan")))
-    with pytest.raises(UnsupportedField, match="use_dora is True, this server takes false"):
+    write_adapter(tmp_path / "a", use_bdlora=True, edit=spoil(float("nan")))
+    with pytest.raises(UnsupportedField, match="use_bdlora is True, this server takes null"):
         load(tmp_path / "a", layout)
 
 

@@ -15,6 +15,7 @@ from lorry.adapters import loader
 from lorry.adapters.errors import (
     AdapterExists,
     MalformedAdapter,
+    MixRefused,
     PathRefused,
     PoolTooSmall,
     RevisionMismatch,
@@ -111,6 +112,7 @@ def test_folders_are_noticed_later(drive: Any, write_adapter: Any, tmp_path: Pat
     write_adapter(tmp_path / "later")
     driver.end(driver.start("later"))
     write_adapter(tmp_path / "other")
+    driver.look()
     assert [info.id for info in driver.manager.list()] == ["later", "other"]
     for name in ("", "..", "a/b", "x" * 65):
         with pytest.raises(UnknownAdapter):
@@ -118,15 +120,15 @@ def test_folders_are_noticed_later(drive: Any, write_adapter: Any, tmp_path: Pat
 
 
 def test_a_failed_load_fails_those_that_wait_and_is_tried_again(drive: Any, write_adapter: Any, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "a", use_dora=True)
+    write_adapter(tmp_path / "a", use_bdlora=True)
     write_adapter(tmp_path / "b")
     driver = drive()
     waiting = [driver.request("a"), driver.request("b", "a")]
     for lease in waiting:
-        with pytest.raises(UnsupportedField, match="use_dora"):
+        with pytest.raises(UnsupportedField, match="use_bdlora"):
             driver.until(lambda lease=lease: driver.manager.ready(lease))
     info = driver.manager.get("a")
-    assert info.state is State.FAILED and "use_dora" in info.error and info.in_flight == 0
+    assert info.state is State.FAILED and "use_bdlora" in info.error and info.in_flight == 0
     assert driver.manager.take_counters().loads["failure"] == 1
     driver.end(*waiting)
     content = write_adapter(tmp_path / "a", seed=7)
@@ -203,6 +205,56 @@ def test_a_preempted_request_goes_on_with_what_it_began_with(drive: Any, write_a
     driver.end(lease)
 
 
+def test_an_activated_lora_keeps_its_invocation_tokens(drive: Any, write_adapter: Any, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", alora_invocation_tokens=[5, 9])
+    write_adapter(tmp_path / "b")
+    driver = drive(max_slots=1)
+    lease = driver.request("a")
+    assert lease.invocation_tokens == ()
+    driver.until(lambda: driver.manager.ready(lease))
+    driver.manager.pin(lease)
+    assert lease.invocation_tokens == (5, 9)
+    assert driver.manager.get("a").methods == ("lora", "alora")
+    driver.manager.unpin(lease)
+    plain = driver.start("b")  # evicts a, whose content is kept for its lease
+    assert plain.invocation_tokens == ()
+    driver.end(plain)
+    driver.until(lambda: driver.manager.ready(lease))
+    assert lease.invocation_tokens == (5, 9)
+    driver.end(lease)
+    driver.end(driver.start("b"))
+    write_adapter(tmp_path / "a", alora_invocation_tokens=[6])
+    later = driver.start("a")
+    assert later.invocation_tokens == (6,)
+    driver.end(later)
+
+
+def test_an_activated_lora_is_refused_in_a_mix_as_soon_as_it_is_known(
+    drive: Any, write_adapter: Any, tmp_path: Path, ref: Any
+) -> None:
+    write_adapter(tmp_path / "a", alora_invocation_tokens=[5, 9])
+    write_adapter(tmp_path / "b")
+    write_adapter(tmp_path / "c", alora_invocation_tokens=[5])
+    write_adapter(tmp_path / "d", seed=3)
+    driver = drive()
+    unread = [driver.request("b", "a"), driver.request("c", "a")]
+    for lease in unread:
+        with pytest.raises(MixRefused, match=r"adapters: [ac] is an activated LoRA") as late:
+            driver.until(lambda lease=lease: driver.manager.ready(lease))
+        assert late.value.field == "adapters"
+    driver.end(*unread)
+    alone = driver.start(ref("a", -0.5))
+    assert [weight for _, weight in alone.combo] == [-0.5]
+    with pytest.raises(MixRefused, match="adapters: a is"):
+        driver.request("a", "d")
+    waiting = driver.start("b", "d")  # not yet replaced
+    driver.manager.load(1, "d", "c", replace=True)
+    assert driver.answer(1).error is None
+    with pytest.raises(MixRefused, match="adapters: d is"):
+        driver.request("b", "d")
+    driver.end(alone, waiting)
+
+
 def test_requests_may_insist_on_a_revision(drive: Any, write_adapter: Any, tmp_path: Path, ref: Any) -> None:
     write_adapter(tmp_path / "a", seed=1)
     driver = drive()
@@ -241,7 +293,7 @@ def test_load_registers_and_answers_when_resident(drive: Any, write_adapter: Any
 
 
 def test_load_refuses_ids_paths_and_contents(drive: Any, write_adapter: Any, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "bad", bias="all")
+    write_adapter(tmp_path / "bad", use_bdlora=True)
     write_adapter(tmp_path / "good")
     driver = drive()
     manager = driver.manager

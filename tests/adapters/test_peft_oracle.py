@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from random_adapters import NoBase
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,7 +100,7 @@ def trained(llama: LlamaForCausalLM, folder: Path, **config: Any) -> dict[str, T
 def read(folder: Path, layout: ModelLayout) -> CanonicalAdapter:
     place = Catalog(folder.parent).find(folder.name)
     assert place is not None
-    return load_adapter(place, layout, torch.float32)
+    return load_adapter(place, layout, torch.float32, NoBase())
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -171,7 +171,7 @@ def test_whatever_fits_by_count_can_be_allocated(steps: list[tuple[int, bool]], 
 
 
 def test_compaction_moves_pages_that_are_in_use() -> None:
-    pool = PagePool(LAYOUT, 3 * 8 * LARGEST)
+    pool = PagePool(LAYOUT, 6 * 8 * LARGEST)
     small: list[int] = []
     while pool.make_room(pool.demand([adapter(0, {(0, "k_proj"): 16})])) == []:
         slot = pool.insert(adapter(len(small), {(0, "k_proj"): 16}))
@@ -179,7 +179,7 @@ def test_compaction_moves_pages_that_are_in_use() -> None:
         small.append(slot)
     expected = {}
     for seed, slot in enumerate(small):
-        if seed % 4:
+        if seed % 2:
             pool.evict(slot)
         else:
             pool.acquire(slot)
@@ -193,6 +193,17 @@ def test_compaction_moves_pages_that_are_in_use() -> None:
     assert_holds(pool.pages, slot, big)
     for held, content in expected.items():
         assert_holds(pool.pages, held, content)
+
+
+def test_room_for_adapters_of_rank_16() -> None:
+    one = adapter(0, dict.fromkeys(LAYOUT.linears(), 16))
+    for capacity, slots in ((0, 7), (one.nbytes * 5, 7), (one.nbytes * 50, 7), (one.nbytes * 50, 64)):
+        pool = PagePool(LAYOUT, capacity, max_slots=slots)
+        filled = 0
+        while pool._free_slots and pool.make_room(pool.demand([one])) == []:
+            pool.reserve(one)
+            filled += 1
+        assert pool.room() == filled <= slots
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_adapters import NoBase
 
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import PoolTooSmall
@@ -36,7 +37,7 @@ def test_the_least_recently_used_goes(drive: Any, write_adapter: Any, tmp_path: 
 
 def test_copies_are_bounded(drive: Any, write_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_adapter(tmp_path / "a", sites=SITES, rank=33)
-    driver = drive(uploads=AtOnce(20_000))
+    driver = drive(uploads=AtOnce(20_000, 20_000))
     fill, copied = driver.pool.fill, []
     monkeypatch.setattr(driver.pool, "fill", lambda slot, budget: copied.append(fill(slot, budget)) or copied[-1])
     lease = driver.start("a")
@@ -128,18 +129,20 @@ def test_what_waits_in_host_memory_is_bounded(drive: Any, write_adapter: Any, tm
         driver.end(lease)
 
 
-@pytest.mark.parametrize(("seed", "lagging"), [(0, False), (1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("seed", "lagging", "host_memory"), [(0, False, 0), (1, False, 200_000), (2, True, 0), (3, True, 300_000)]
+)
 def test_many_streams_of_many_adapters_over_a_small_pool(
-    drive: Any, write_adapter: Any, layout: ModelLayout, tmp_path: Path, seed: int, lagging: bool
+    drive: Any, write_adapter: Any, layout: ModelLayout, tmp_path: Path, seed: int, lagging: bool, host_memory: int
 ) -> None:
     """64 streams, mixes of 12 adapters, room for about 4; preempted, aborted and replaced at random."""
     rng = random.Random(seed)
     for index in range(12):
         sites = tuple(rng.sample(SITES, rng.randint(1, 7)))
         write_adapter(tmp_path / f"a{index}", sites=sites, rank=rng.choice([1, 8, 16, 17, 30]), seed=index)
-    driver = drive(140_000, max_slots=5, lagging=lagging)
+    driver = drive(140_000, max_slots=5, lagging=lagging, host_memory=host_memory)
     manager = driver.manager
-    read = [load_adapter(place, layout, torch.bfloat16) for place in Catalog(tmp_path).scan().values()]
+    read = [load_adapter(place, layout, torch.bfloat16, NoBase()) for place in Catalog(tmp_path).scan().values()]
     contents = {adapter.revision: adapter.linears for adapter in read}
     to_come = [rng.sample(range(12), rng.choice([1, 1, 1, 2])) for _ in range(64)]
     waiting: list[Lease] = []

@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from lorry.adapters import matching
 from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
-from lorry.adapters.fields import ACCEPTED, SERVED, WITHOUT_EFFECT
+from lorry.adapters.fields import ACCEPTED, SERVED, WITH_ALORA, WITHOUT_EFFECT, refuse_beside_alora
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.spec import AdapterSpec
 
@@ -29,18 +29,13 @@ def spec(**config: Any) -> AdapterSpec:
 UNSUPPORTED = {
     "peft_type": ["LOHA", "ADALORA", "IA3", None, 3],
     "task_type": ["SEQ_CLS", "SEQ_2_SEQ_LM", 1],
-    "use_dora": [True],
-    "bias": ["all", "lora_only", None],
-    "lora_bias": [True],
-    "fan_in_fan_out": [True],
     "modules_to_save": [["lm_head"]],
     "trainable_token_indices": [[1, 2], {"embed_tokens": [3]}],
     "target_parameters": [["mlp.experts.gate_up_proj"]],
-    "alora_invocation_tokens": [[1, 2], []],
+    "alora_invocation_tokens": [[7] * 1025],
     "megatron_config": [{"a": 1}],
     "layer_replication": [[[0, 2], [1, 3]]],
-    "use_qalora": [True],
-    "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "PiSSA", 1],
+    "init_lora_weights": ["pissa_niter_16", "corda", "lora_ga", "PiSSA", "LoftQ", 1],
     "velora_config": [{"num_groups": 4}],
     "monteclora_config": [{"num_samples": 4}],
     "arrow_config": [{"top_k": 2}],
@@ -63,12 +58,16 @@ MALFORMED = {
     "r": [0, -1, 8.0, "8", True, None],
     "lora_alpha": ["16", None, True, 10**400],
     "use_rslora": [1, None, "true"],
+    "use_dora": [1, "true"],
+    "lora_bias": [1, "true"],
+    "bias": [None, "some", True],
     "rank_pattern": [[], {"q_proj": 0}, {"q_proj": "4"}, {"q_proj": 1.5}],
     "alpha_pattern": [3, {"q_proj": None}, {"q_proj": True}],
     "target_modules": [5, {"q_proj": 1}, ["q_proj", 3], "q_proj("],
     "exclude_modules": [5, [None], "[", "(?P<a"],
     "layers_to_transform": ["1", [1.5], [True], {"a": 1}],
     "layers_pattern": [5, "layers"],
+    "alora_invocation_tokens": [[], 5, "5", [1, 1.0], [True], [3, -1], [None], {"a": 1}],
 }
 
 
@@ -88,6 +87,55 @@ def test_missing_fields_are_named(name: str) -> None:
 def test_all_of_pefts_fields_are_known() -> None:
     fields = set(LoraConfig(task_type="CAUSAL_LM").to_dict())
     assert fields <= SERVED | WITHOUT_EFFECT | set(ACCEPTED) | {"init_lora_weights"}
+
+
+def test_methods_that_pefts_refuses_to_combine_are_refused() -> None:
+    for other in ("lora_bias", "use_qalora"):
+        with pytest.raises(UnsupportedField, match=f"{other} and use_dora") as refused:
+            spec(use_dora=True, **{other: True})
+        assert refused.value.field == other
+
+
+def test_loftq_of_one_iteration_trains_on_plain_nf4() -> None:
+    assert spec(init_lora_weights="loftq").init == ""
+    assert spec(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1}).rank == 8
+    with pytest.raises(UnsupportedField, match="'loftq' of one iteration") as refused:
+        spec(init_lora_weights="loftq", loftq_config={"loftq_iter": 5})
+    assert refused.value.field == "init_lora_weights"
+
+
+def test_methods_are_named() -> None:
+    assert spec().methods == ("lora",)
+    assert spec(use_rslora=True, bias="all", use_dora=True).methods == ("rslora", "dora", "bias")
+    assert spec(lora_bias=True, init_lora_weights="pissa").methods == ("lora", "lora_bias", "pissa")
+    assert spec(use_qalora=True, qalora_group_size=4).methods == ("lora", "qalora")
+    assert spec(use_dora=None, lora_bias=None, fan_in_fan_out=True, qalora_group_size=16).methods == ("lora",)
+
+
+BESIDE_ALORA = {
+    "bias": ["all", "lora_only"],
+    "use_dora": [True],
+    "use_qalora": [True],
+    "modules_to_save": [["lm_head"]],
+    "trainable_token_indices": [[3]],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BESIDE_ALORA.items() for v in values], ids=str)
+def test_what_changes_other_tokens_is_refused_beside_invocation_tokens(name: str, value: object) -> None:
+    with pytest.raises(UnsupportedField, match=name) as refused:
+        refuse_beside_alora({**BASE, name: value})
+    assert refused.value.field == name
+    with pytest.raises(UnsupportedField, match=name):
+        spec(alora_invocation_tokens=[1], **{name: value})
+
+
+def test_invocation_tokens() -> None:
+    assert BESIDE_ALORA.keys() == WITH_ALORA.keys()
+    read = spec(alora_invocation_tokens=[5, 0, 10**12], bias="none", use_dora=False)
+    assert (read.invocation_tokens, read.methods) == ((5, 0, 10**12), ("lora", "alora"))
+    assert spec(alora_invocation_tokens=[5], use_rslora=True).methods == ("rslora", "alora")
+    assert spec(alora_invocation_tokens=None) == spec() and spec().methods == ("lora",)
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica", "Gaussian"])

@@ -15,7 +15,7 @@ from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.layout import Linear
 from lorry.adapters.pool import PagePool
 from lorry.adapters.ring import ALIGNMENT, Ring
-from lorry.adapters.uploads import Beside
+from lorry.adapters.uploads import AtOnce, Beside
 
 
 class House:
@@ -262,3 +262,8 @@ def test_a_piece_is_free_when_its_event_has_passed(blocks: int, moves: list[int 
                 held.append((None, piece, number))
         for _, piece, value in held:
             assert bool((piece == value).all()), "a piece was given to two"
+
+
+def test_long_steps_have_more_copied_between_them() -> None:
+    budgets = [AtOnce().budget(step) for step in (0.0, 0.001, 0.05, 0.08, 60.0)]
+    assert budgets == [2 << 20, 2 << 20, 4 << 20, int(6.4 * (1 << 20)), 8 << 20]

@@ -396,6 +396,7 @@ def test_model_info_is_measured(control: Any) -> None:
     assert 4 < info.bits_per_linear_weight <= 4.7
     assert info.block_size == 16
     assert info.kv_blocks > 100
+    assert len(info.base_fingerprint) == 64
 
 
 def test_many_at_once(stub: Any) -> None:

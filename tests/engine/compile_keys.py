@@ -66,7 +66,11 @@ def random_step(limits: Limits, draw: random.Random) -> ModelInputs:
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     segments = None
     if draw.random() < 0.6:
-        bounds = sorted({0, sum(lengths), *draw.sample(starts.tolist(), draw.randint(0, len(lengths)))})
+        bounds = {0, sum(lengths), *draw.sample(starts.tolist(), draw.randint(0, len(lengths)))}
+        if draw.random() < 0.5:  # adapters that begin to act within a prompt
+            within = [int(end) - draw.randrange(length) for end, length in zip(starts[1:], lengths, strict=True)]
+            bounds |= set(draw.sample(within, draw.randint(0, len(within))))
+        bounds = sorted(bounds)
         combos = (len(bounds) - 1, draw.randint(1, 8))
         segments = Segments(
             torch.tensor(bounds, dtype=torch.int32),

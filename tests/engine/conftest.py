@@ -46,8 +46,8 @@ SMALL = {
 RANKS = {"a": 3, "b": 16, "c": 17, "d": 5, "e": 40, "f": 1, "g": 8, "h": 33}
 
 
-def write_adapter(folder: Path, decoder: Decoder, rank: int, seed: int) -> None:
-    """A PEFT folder with random A and B on every linear, strong enough to change the tokens."""
+def write_adapter(folder: Path, decoder: Decoder, rank: int, seed: int, **fields: Any) -> None:
+    """A PEFT folder with random A and B on every linear, strong enough to change the tokens; fields: of its config."""
     generator = torch.Generator().manual_seed(seed)
     layout = decoder.layout
     tensors = {}
@@ -60,7 +60,7 @@ def write_adapter(folder: Path, decoder: Decoder, rank: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 0.7 * rank, "target_modules": list(SITES)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
 
 
 @pytest.fixture(scope="session")

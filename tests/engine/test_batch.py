@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lorry.adapters.segments import build_segments
 from lorry.server.cache.block_table import BlockTable
 from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator
+from lorry.server.cache.prefix import Namespace
 from lorry.server.engine.batch import Batch, build_batch, combo_runs
 from lorry.server.engine.messages import Generate, SamplingParams, StoppingParams
 from lorry.server.engine.plan import Piece
@@ -31,12 +32,14 @@ def piece(
     end: int,
     *,
     combo: Combo = (),
+    begins: int = 0,
     score_from: int | None = None,
 ) -> Piece:
     tokens = [1000 * prompt + i for i in range(prompt)]
     message = Generate("r", tokens, SamplingParams(), StoppingParams(9), prompt_logprobs_from=score_from)
     request = Request(message, 0)
     request.combo = combo
+    request.namespace = Namespace((("a", "1", 1.0),), "", begins)
     sequence = Sequence(request, 0, BlockTable(allocator))
     sequence.output = [-1 - i for i in range(output)]
     sequence.table.prepare(0, sequence.length)
@@ -147,6 +150,41 @@ def test_runs_of_combos() -> None:
     assert segments.starts.tolist() == [0, 5, 9, 11]
     assert segments.slots.tolist() == [[-1, -1], [3, -1], [3, 5]]
     assert build_batch(pieces[:1], [], build_segments).inputs.segments is None
+
+
+@pytest.mark.parametrize(
+    ("begins", "runs"),
+    [
+        (0, ((20, 1),)),
+        (16, ((20, 1),)),
+        (17, ((1, 0), (19, 1))),
+        (32, ((16, 0), (4, 1))),
+        (35, ((19, 0), (1, 1))),
+        (36, ((20, 0),)),
+        (39, ((20, 0),)),
+    ],
+)
+def test_a_piece_is_cut_where_its_adapter_begins(begins: int, runs: tuple[tuple[int, int], ...]) -> None:
+    one = piece(BlockAllocator(3), 40, 0, 16, 36, combo=((3, 1.0),), begins=begins)
+    assert combo_runs([one]) == tuple((rows, ((3, 1.0),) if adapted else ()) for rows, adapted in runs)
+
+
+PARTS = st.tuples(
+    st.integers(0, 40), st.integers(1, 30), st.integers(0, 80), st.sampled_from([(), ((1, 1.0),), ((2, 0.5),)])
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(PARTS, min_size=1, max_size=8))
+def test_each_row_uses_its_combo_from_its_begin_on(parts: list[tuple[int, int, int, Combo]]) -> None:
+    allocator = BlockAllocator(8 * 5)
+    pieces = [piece(allocator, 70, 0, start, start + n, combo=combo, begins=at) for start, n, at, combo in parts]
+    expected = [
+        combo if position >= at else () for start, n, at, combo in parts for position in range(start, start + n)
+    ]
+    runs = combo_runs(pieces)
+    assert [combo for rows, combo in runs for _ in range(rows)] == expected
+    assert all(rows > 0 for rows, _ in runs) and all(a[1] != b[1] for a, b in itertools.pairwise(runs))
 
 
 def test_sixteen_rows_are_quick() -> None:

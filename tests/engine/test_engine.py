@@ -209,6 +209,8 @@ def test_adapter_commands(build: Any, adapters_dir: Path, tmp_path: Path) -> Non
     engine.run(GetAdapters(1), GetAdapters(2, "a"), GetAdapters(3, "nobody"), UnloadAdapter(4, "nobody"))
     assert [info.id for info in engine.replies[1].adapters] == [*"abcdefgh"[:2], "broken", *"cdefgh"]
     assert engine.replies[2].adapters[0].id == "a"
+    engine.run(GetAdapters(12, after="b", limit=3))
+    assert [info.id for info in engine.replies[12].adapters] == ["broken", "c", "d"]
     for call in (3, 4):
         error = engine.replies[call].error
         assert error is not None and error.kind == "NotFound"
@@ -353,7 +355,16 @@ def test_messages_come_in_order(build: Any, generate: Any) -> None:
 def test_random_lives(build: Any, generate: Any, ahead: bool) -> None:
     """Everything at once on a pool of a few adapters and few blocks; each finished answer equals its solo run."""
     random_ = random.Random(11)
-    engine: LocalEngine = build(blocks=7, adapter_memory=600_000, max_running=6, token_budget=40, ahead=ahead)
+    engine: LocalEngine = build(
+        blocks=7,
+        adapter_memory=800_000,
+        adapter_host_memory=8_000_000,
+        max_running=6,
+        token_budget=40,
+        ahead=ahead,
+    )
+    for name in "abcdfg":  # from now on they are in host memory, and no life depends on the loader's time
+        engine.generate(generate(name, prompt(3), 1, adapters={name: 1.0}))
     requests: dict[str, Generate] = {}
     aborted: set[str] = set()
     for step in range(70):

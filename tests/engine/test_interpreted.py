@@ -23,6 +23,7 @@ def test_prompts_and_decoding_with_adapters_and_graphs(
         decoder = load_model(str(small_folder))
     for seed, (name, rank) in enumerate({"a": 5, "b": 19}.items()):
         write_adapter(tmp_path / name, decoder, rank, seed)
+    write_adapter(tmp_path / "c", decoder, 3, 9, alora_invocation_tokens=[6, 4])
     config = EngineConfig(
         kv_dtype="float32",
         adapter_dtype="float32",
@@ -37,11 +38,12 @@ def test_prompts_and_decoding_with_adapters_and_graphs(
         generate("base", [3, 5, 7], 3),
         generate("one", [9, 8], 3, adapters={"a": 1.0}),
         generate("mix", list(range(9, 27)), 3, adapters={"b": 0.5, "a": -0.75}),
+        generate("activated", [3, 5, 6, 4], 3, adapters={"c": 1.0}),
     ]
     engine = LocalEngine(decoder, config)
     expected = [answer.tokens() for answer in engine.generate(*requests)]
     engine.close()
-    assert len({tuple(tokens) for tokens in expected}) == 3
+    assert len({tuple(tokens) for tokens in expected}) == 4
 
     request.getfixturevalue("interpreted")
     with torch.inference_mode():

@@ -27,6 +27,7 @@ def folders(small_folder: Path, write_adapter: Any, tmp_path_factory: pytest.Tem
     decoder = load(small_folder, "cpu", "float32")
     for seed, rank in enumerate((3, 16, 17, 40, 64, 8, 200)):
         write_adapter(adapters / f"r{rank}", decoder, rank, seed)
+    write_adapter(adapters / "activated", decoder, 8, 7, alora_invocation_tokens=[9])
     return small_folder, adapters
 
 
@@ -56,6 +57,7 @@ def requests(generate: Any, count: int, **rest: Any) -> list[Any]:
     """All kinds of prompts and combos."""
     draw = random.Random(count)
     combos = [{}, {"r3": 1.0}, {"r16": 1.0}, {"r17": -0.5}, {"r40": 1.0, "r8": 0.5}, {"r64": 1.0}, {"r200": 0.7}]
+    combos.append({"activated": 1.0})
     return [
         generate(
             str(number),

@@ -135,6 +135,9 @@ def test_from_spawn_to_exit(frontend: Frontend, config: EngineConfig, generate: 
         stats = frontend.stats()
     assert queued(stats) == 2
     assert sum(each.adapter_loads.get("ok", 0) for each in stats) == 1 and stats[-1].adapters_loaded == 1
+    adapters = [each.adapters for each in stats if each.adapters is not None]
+    assert adapters[-1].on_device == ("a",) and adapters[-1].by_tier["device"] == 1 and adapters[-1].room > 0
+    assert sum(each.found.get("disk", 0) for each in adapters) == 1
 
     frontend.send(generate("long", [5, 6], 250))
     frontend.until(lambda message: isinstance(message, Started) and message.request_id == "long")

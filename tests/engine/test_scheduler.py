@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator
 from lorry.server.cache.prefix import PrefixIndex
+from lorry.server.engine.batch import combo_runs
 from lorry.server.engine.messages import AdapterRef, Generate, SamplingParams, StoppingParams
 from lorry.server.engine.plan import Plan, first_share
-from lorry.server.engine.scheduler import PROTECT_AFTER, Limits, Scheduler
+from lorry.server.engine.scheduler import MOST_UNREADY, PROTECT_AFTER, Limits, Scheduler
 from lorry.server.engine.sequence import Request, Sequence, Status
 from lorry.server.errors import AlreadyExists, InvalidField, LorryError, MalformedAdapter, OutOfMemory, PromptTooLong
 
@@ -26,10 +27,16 @@ class SlotLease:
     slots: dict[str, int]
     pins: int = 0
     released: bool = False
+    absent: bool = False
 
     @property
     def revisions(self) -> tuple[str, ...]:
         return ("r",)
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        """An adapter named "1x" is invoked by token 1."""
+        return (int(self.adapter[0]),) if self.adapter[0].isdigit() else ()
 
     @property
     def combo(self) -> tuple[tuple[int, float], ...]:
@@ -162,7 +169,7 @@ class House:
                 written.add(slot)
         prefill = sum(piece.end - piece.start for piece in plan.pieces)
         assert prefill <= max(self.token_budget, len(plan.pieces) + BLOCK_SIZE)
-        combos = [piece.sequence.request.combo for piece in plan.pieces]
+        combos = [combo_runs([piece])[-1][1] for piece in plan.pieces]
         assert sum(a != b for a, b in itertools.pairwise(combos)) == max(0, len(set(combos)) - 1)
         for piece in plan.pieces:
             self.scheduler.launched(piece)
@@ -222,7 +229,7 @@ def test_every_request_ends_whatever_happens(
                     random_.choice([1, 2, 17, 40]),
                     n=random_.choice([1, 1, 1, 2, 3]),
                     priority=random_.choice([0, 0, 1, -1]),
-                    adapter=random_.choice(["", "", "a", "b", "c", "broken"]),
+                    adapter=random_.choice(["", "", "a", "b", "0x", "1y", "broken"]),
                     score_from=random_.choice([None, None, 0, 5, 16]),
                 )
                 names.append(name)
@@ -323,6 +330,28 @@ def test_one_that_waits_for_its_adapter_blocks_nobody() -> None:
     house.submit("same", adapter="a", new=1)
     house.step()
     assert sorted(house.ended) == ["base", "same"]
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_thousands_that_wait_for_their_adapters_delay_nobody(absent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """absent: all wait for adapters that are not there; else for one that is there and lets nobody in for now."""
+    house = House(slots=2)
+    house.submit("first", adapter="there", new=100)
+    house.step()
+    house.step()
+    ready, asked = house.residency.ready, []
+    monkeypatch.setattr(
+        house.residency, "ready", lambda lease: asked.append(lease) or (lease.adapter == "there" and ready(lease))
+    )
+    for number in range(3000):
+        house.submit(str(number), adapter=str(number) if absent else "closed")
+    for lease in house.residency.leases:
+        lease.absent = absent and lease.adapter != "there"
+    house.submit("last", adapter="there", new=1)
+    house.submit("base", new=1)
+    plan = house.step()
+    assert sorted(house.ended) == ["base", "last"] and len(plan.pieces) == 3
+    assert len(asked) <= MOST_UNREADY + 2, "the time of a plan is bounded"
 
 
 def test_a_broken_adapter_fails_its_request_only() -> None:

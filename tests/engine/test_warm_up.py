@@ -59,6 +59,9 @@ def test_the_tensors_of_a_step() -> None:
     assert inputs.segments.starts.tolist() == [0, 3, 4, 21] and inputs.segments.page_bound == 5
     assert inputs.segments.slots.tolist() == [[-1, -1]] * 3
     assert inputs_of(decode_step(4, 0, 0), 1, torch.device("cpu")).segments is None
+    cut = inputs_of(Shape((3, 1, 17), adapters=1, pages=1, cut=True), 4, torch.device("cpu")).segments
+    assert cut is not None and cut.starts.tolist() == [0, 1, 3, 4, 12, 21] and cut.starts.dtype == torch.int32
+    assert cut.slots.shape == (5, 1)
 
 
 def rehearsal(decoder: Decoder, limits: Limits) -> Rehearsal:

@@ -84,7 +84,8 @@ def main() -> None:
                 case m.Abort():
                     forever.pop(command.request_id, None)
                 case m.GetAdapters():
-                    found = [adapters[command.id]] if command.id else list(adapters.values())
+                    found = [adapters[command.id]] if command.id else [adapters[id] for id in sorted(adapters)]
+                    found = [info for info in found if info.id > command.after][: command.limit]
                     out.append(m.AdapterReply(command.call_id, found))
                 case m.LoadAdapter():
                     info = m.AdapterInfo(

@@ -204,6 +204,16 @@ async def test_scores_and_prompt_logprobs(serving):
         assert (await collect(frontend, alone))[1] == PromptLogprobs(())
 
 
+async def test_a_score_says_where_its_prompt_ends(serving, monkeypatch):
+    """What invokes an adapter is looked for in the prompt, not in the continuation."""
+    async with serving() as frontend:
+        sent, send = [], frontend._engine.send
+        monkeypatch.setattr(frontend._engine, "send", lambda command: (sent.append(command), send(command))[1])
+        await frontend.score(TokenPrompt((ECHO, 9)), [20, 30, 50])
+        await collect(frontend, request(ECHO, 20, response=ResponseOptions(prompt_logprobs=True)))
+        assert [(each.prompt_end, each.prompt_logprobs_from) for each in sent] == [(2, 2), (None, 1)]
+
+
 async def test_tokenize_and_detokenize(serving, tokenizer):
     async with serving() as frontend:
         long = "the dog " * 1000

@@ -6,11 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorry.kernels.lora import SITES, AdapterPages, Segments, Site, lora_add, lora_add_reference
+from lorry.kernels.lora import (
+    SITES,
+    VECTORS,
+    AdapterPages,
+    Segments,
+    Site,
+    lora_add,
+    lora_add_reference,
+    vector_elements,
+)
 
 Measure = Callable[[Tensor, Tensor], float]
 pytestmark = pytest.mark.usefixtures("kernels")
-LAYERS, PAGES = 3, 5
+LAYERS, PAGES = 3, 6
 RANKS = (8, 16, 40, 80, 33, 1, 16, 24)  # adapters of the pool; 16 ranks a page, the last one zero-padded
 
 # Adapters of each row, as (slots, weights); every list is cut into segments of equal neighbours.
@@ -28,23 +37,32 @@ POPULARITY = {
 
 
 def pool(k: int, sizes: dict[str, int], dtype: torch.dtype) -> AdapterPages:
-    """Pages scattered over the arena with gaps of NaN; adapter 5 does not adapt the first site."""
+    """Pages scattered over the arena with gaps of NaN.
+
+    Adapters 1, 5 and 6 have vectors; adapter 5 has nothing but these at the first site.
+    """
     offsets = torch.full((len(RANKS), LAYERS, len(SITES), PAGES), -1, dtype=torch.int64)
     pieces, end = [], 0
     for slot, rank in enumerate(RANKS):
         for layer in range(LAYERS):
             for name, n in sizes.items():
-                if slot == 5 and name == next(iter(sizes)):
-                    continue
-                a, b = torch.randn(rank, k) / k**0.5, torch.randn(rank, n)
-                for page in range(-(-rank // 16)):
+                rank_here = 0 if slot == 5 and name == next(iter(sizes)) else rank
+                a, b = torch.randn(rank_here, k) / k**0.5, torch.randn(rank_here, n)
+                own = []
+                for page in range(-(-rank_here // 16)):
                     padded_a, padded_b = torch.zeros(16, k), torch.zeros(16, n)
-                    part = slice(16 * page, min(rank, 16 * page + 16))
+                    part = slice(16 * page, min(rank_here, 16 * page + 16))
                     padded_a[: part.stop - part.start], padded_b[: part.stop - part.start] = a[part], b[part]
-                    offsets[slot, layer, SITES.index(name), page] = end
-                    pieces += [padded_a.flatten(), padded_b.flatten(), torch.full((7,), float("nan"))]
-                    end += 16 * (k + n) + 7
-    return AdapterPages(torch.cat(pieces).to(dtype), offsets, torch.rand(len(RANKS), LAYERS, len(SITES)) + 0.5)
+                    own.append((torch.cat([padded_a.flatten(), padded_b.flatten()]).to(dtype), 0))
+                if slot in (1, 5, 6):
+                    vectors = torch.full((vector_elements(n, dtype),), float("nan"), dtype=dtype)
+                    vectors.view(torch.float32)[: 2 * n] = torch.randn(2 * n)
+                    own.append((vectors, VECTORS))
+                for index, (page, flag) in enumerate(own):
+                    offsets[slot, layer, SITES.index(name), index] = end + flag
+                    pieces += [page, torch.full((16,), float("nan"), dtype=dtype)]
+                    end += page.numel() + 16
+    return AdapterPages(torch.cat(pieces), offsets, torch.rand(len(RANKS), LAYERS, len(SITES)) + 0.5)
 
 
 def segments(rows: list[tuple[tuple[int, int], tuple[float, float]]]) -> Segments:

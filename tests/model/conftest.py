@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lorry.kernels.lora import SITES, AdapterPages, Segments
+from lorry.adapters.canonical import CanonicalLinear, page_count, to_pages
+from lorry.kernels.lora import SITES, VECTORS, AdapterPages, Segments
 from lorry.server.cache.kv_cache import KVCache
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.inputs import ModelInputs
@@ -150,27 +151,25 @@ def _segments(
     return Segments(torch.tensor(starts, dtype=torch.int32), slots, weights)
 
 
-def pages_of(decoder: Decoder, adapters: Sequence[dict[tuple[int, str], tuple[Tensor, Tensor, float]]]) -> AdapterPages:
-    """Rank pages of {(layer, site): (A [r, K], B [N, r], scaling)} per slot, in float32."""
-    most = max(-(-a.shape[0] // 16) for adapter in adapters for a, _, _ in adapter.values())
+def pages_of(
+    decoder: Decoder, adapters: Sequence[dict[tuple[int, str], tuple[Tensor, Tensor, float]]], vectored: int = -1
+) -> AdapterPages:
+    """Pages of {(layer, site): (A [r, K], B [N, r], scaling)} per slot, in float32; slot `vectored` has vectors too."""
+    most = max(page_count(a.shape[0]) for adapter in adapters for a, _, _ in adapter.values())
     shape = (len(adapters), decoder.config.layers, len(SITES))
-    offsets = torch.full((*shape, most), -1, dtype=torch.int64)
+    offsets = torch.full((*shape, most + 1), -1, dtype=torch.int64)
     scalings = torch.zeros(shape)
     arena: list[Tensor] = [torch.full((8,), torch.nan)]  # pages lie at multiples of 8
     used = 8
     for slot, adapter in enumerate(adapters):
         for (layer, site), (a, b, scaling) in adapter.items():
+            vectors = 0.2 * torch.randn(2, b.shape[0]) if slot == vectored else None
+            linear = CanonicalLinear(to_pages(a, b, torch.float32), scaling, vectors)
             scalings[slot, layer, SITES.index(site)] = scaling
-            for page, start in enumerate(range(0, a.shape[0], 16)):
-                piece_a, piece_b = a[start : start + 16], b.T[start : start + 16]
-                padding = 16 - piece_a.shape[0]
-                content = torch.cat(
-                    [
-                        torch.cat([piece_a, torch.zeros(padding, a.shape[1])]).flatten(),
-                        torch.cat([piece_b, torch.zeros(padding, b.shape[0])]).flatten(),
-                    ]
-                )
-                offsets[slot, layer, SITES.index(site), page] = used
+            count = linear.pages.shape[0]
+            for index in range(count + (vectors is not None)):
+                content = linear.page(index)
+                offsets[slot, layer, SITES.index(site), index] = used + (VECTORS if index == count else 0)
                 arena.append(content)
                 used += content.numel()
     return AdapterPages(torch.cat(arena), offsets, scalings)

@@ -133,7 +133,8 @@ def test_the_path_of_a_gpu_equals_that_of_a_cpu(
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(0, 131, (length,), generator=generator).tolist() for length in (18, 3, 1)]
     combos = [tuple((list(RANKS).index(adapter), weight) for adapter, weight in combo) for combo in COMBOS[:3]]
-    chunks, pages = ((17,), (), ()), tools.pages_of(decoder, weights)
+    vectored = combos[0][0][0] if combos[0] else combos[1][0][0]
+    chunks, pages = ((17,), (), ()), tools.pages_of(decoder, weights, vectored)
     of_cpu = kv_dtype if kv_dtype.itemsize == 1 else torch.float32
     expected = tools.paged_logits(decoder, prompts, chunks=chunks, kv_dtype=of_cpu, pages=pages, combos=combos)
     request.getfixturevalue("interpreted")

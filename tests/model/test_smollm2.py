@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lorry.kernels.nf4 import quantize
+from lorry.server.config import MIB, EngineConfig
+from lorry.server.engine.local import LocalEngine
+from lorry.server.engine.messages import AdapterRef, Generate, SamplingParams, StoppingParams
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model, open_checkpoint
 from lorry.server.model.readers.gguf import GGUFCheckpoint
@@ -24,6 +29,7 @@ from lorry.server.model.store import default_gguf
 from lorry.server.model.weights import read_layer
 
 PROSE = (Path(__file__).parent / "prose.txt").read_text(encoding="utf-8")
+PIRATE = Path(__file__).parents[2] / "examples" / "adapters" / "pirate"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<empty_output>")
 
 
@@ -74,6 +80,36 @@ def test_teacher_forced_agreement(decoder: Decoder, tokenizer: Tokenizer, smollm
         assert tools.relative_rms(wide, expected[0][:133]) < limit
 
 
+def test_an_activated_lora_equals_peft(
+    decoder: Decoder, tokenizer: Tokenizer, smollm2_folder: Path, tmp_path: Path, tools: Any
+) -> None:
+    """An example adapter that the assistant's turn invokes; what stands before it is the base's to the last bit."""
+    invoked = tokenizer.encode("<|im_start|>assistant\n").ids
+    ids = tokenizer.encode(f"<|im_start|>user\n{PROSE[:300]}<|im_end|>\n<|im_start|>assistant\nArr, matey!").ids
+    (start,) = (at for at in range(len(ids)) if ids[at : at + len(invoked)] == invoked)
+    shutil.copytree(PIRATE, tmp_path / "pirate")
+    fields = json.loads((PIRATE / "adapter_config.json").read_text()) | {"alora_invocation_tokens": invoked}
+    (tmp_path / "pirate" / "adapter_config.json").write_text(json.dumps(fields))
+    peft = PeftModel.from_pretrained(dequantized(smollm2_folder), str(tmp_path / "pirate"))
+    expected = tools.reference_logits(peft, [ids])[0].log_softmax(-1)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
+
+    config = EngineConfig(
+        kv_dtype="float32", adapter_dtype="float32", kv_memory=32 * MIB, token_budget=37, adapters_dir=str(tmp_path)
+    )
+    engine = LocalEngine(decoder, config)
+    greedy, scored = SamplingParams(temperature=0.0), {"logprobs": 0, "prompt_logprobs_from": 1}
+    asked = [
+        Generate(str(number), ids, greedy, StoppingParams(0), adapters, **scored)
+        for number, adapters in enumerate([(), (AdapterRef("pirate"),)])
+    ]
+    base, actual = (
+        torch.tensor([each.logprob for each in answer.prompt_logprobs or ()]) for answer in engine.generate(*asked)
+    )
+    engine.close()
+    assert tools.relative_rms(actual, expected) < 1e-4
+    assert torch.equal(actual[:start], base[:start]) and not torch.isclose(actual[start:], base[start:]).all()
+
+
 def test_it_knows_its_capitals(decoder: Decoder, tokenizer: Tokenizer, tools: Any) -> None:
     """A wrong permutation of q and k, or a wrong token id, would not."""
     ids = tokenizer.encode("The capital of France is").ids
@@ -97,7 +133,7 @@ def test_the_cached_checkpoint_is_what_the_file_says(smollm2_folder: Path) -> No
     for site, weight in actual.linears.items():
         float_weight = expected.linears[site]
         assert isinstance(float_weight, Tensor) and not isinstance(weight, Tensor)
-        again = quantize(float_weight)
+        again = quantize(float_weight, tables_in=torch.float64)
         assert torch.equal(weight.packed, again.packed)
         assert torch.equal(weight.absmax, again.absmax)
 

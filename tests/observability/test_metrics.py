@@ -7,9 +7,9 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lorry.server.engine.messages import Histogram, Stats
+from lorry.server.engine.messages import AdapterStats, Histogram, Stats
 from lorry.server.observability.engine_stats import record
-from lorry.server.observability.metrics import FINISH_REASONS, LOAD_RESULTS, Metrics
+from lorry.server.observability.metrics import FINISH_REASONS, LOAD_RESULTS, TIERS, Metrics
 from lorry.server.observability.page import metrics_page
 
 NAMES = {
@@ -30,6 +30,13 @@ NAMES = {
     "lorry_adapter_load_seconds": "histogram",
     "lorry_adapter_pages_used": "gauge",
     "lorry_adapter_pages_total": "gauge",
+    "lorry_adapters": "gauge",
+    "lorry_adapter_bytes": "gauge",
+    "lorry_adapter_requests_total": "counter",
+    "lorry_adapter_requests_waiting": "gauge",
+    "lorry_adapter_tier_load_seconds": "histogram",
+    "lorry_adapter_tier_evictions_total": "counter",
+    "lorry_lora_requests_info": "gauge",
     "lorry_engine_up": "gauge",
     "lorry_build_info": "gauge",
 }
@@ -101,9 +108,18 @@ def test_the_engines_numbers_are_set_and_added():
         adapter_evictions=6,
         histograms=[
             Histogram("adapter_load_seconds", [0.2, 0.3]),
+            Histogram("adapter_copy_seconds", [0.1]),
             Histogram("request_queue_seconds", [0.01]),
             Histogram("unknown", [1.0]),
         ],
+        adapters=AdapterStats(
+            by_tier={"device": 2, "host": 3, "disk": 4},
+            bytes_by_tier={"device": 20, "host": 50},
+            on_device=("a", "b"),
+            room=16,
+            found={"device": 5, "disk": 1},
+            host_evictions=7,
+        ),
     )
     record(metrics, stats)
     record(metrics, stats)
@@ -120,8 +136,50 @@ def test_the_engines_numbers_are_set_and_added():
         "lorry_request_queue_seconds_count": 2,
     }
     assert {name: found[name, ()] for name in expected} == expected
+    tiers = {
+        "lorry_adapters": (2, 3, 4),
+        "lorry_adapter_bytes": (20, 50, None),
+        "lorry_adapter_requests_total": (10, 0, 2),
+        "lorry_adapter_tier_load_seconds_count": (2, 4, None),
+        "lorry_adapter_tier_evictions_total": (12, 14, None),
+    }
+    for name, values in tiers.items():
+        assert tuple(found.get((name, (("tier", tier),))) for tier in TIERS) == values
     assert found["lorry_adapter_loads_total", (("result", "ok"),)] == 8
     assert found["lorry_adapter_loads_total", (("result", "error"),)] == 2
+
+
+def waiting_series(metrics):
+    name = "lorry_adapter_requests_waiting"
+    return {labels[0][1]: value for (found, labels), value in samples(metrics).items() if found == name}
+
+
+def test_few_adapters_have_series_of_their_own():
+    metrics = Metrics()
+    waiting = {f"a{number}": 100 - number for number in range(60)}
+    record(
+        metrics, Stats(0, 0, 0, 0, 0, 0, adapters=AdapterStats({}, {}, (), 1, waiting=waiting, waiting_for_others=7))
+    )
+    found = waiting_series(metrics)
+    assert len(found) == 11 and found["a3"] == 97 and "a10" not in found
+    assert found["(other)"] == sum(waiting.values()) - sum(range(91, 101)) + 7
+    record(metrics, Stats(0, 0, 0, 0, 0, 0, adapters=AdapterStats({}, {}, (), 1, waiting={"b": 1})))
+    found = waiting_series(metrics)
+    assert found == {"b": 1, "(other)": 0}
+
+
+def test_one_series_says_what_a_gateway_routes_by():
+    """vllm:lora_requests_info of the Gateway API inference extension's model server protocol, under our name."""
+    metrics = Metrics()
+    for now, on_device, waiting in ((11.0, ("a",), {}), (12.0, ("a", "b"), {"c": 2, "a": 1}), (13.0, ("a", "b"), {})):
+        record(metrics, Stats(0, 0, 0, 0, 0, 0, adapters=AdapterStats({}, {}, on_device, 2, waiting=waiting)), now)
+        found = [(labels, value) for (name, labels), value in samples(metrics).items() if "lora_requests" in name]
+        labels = {
+            "max_lora": "2",
+            "running_lora_adapters": ",".join(on_device),
+            "waiting_lora_adapters": ",".join(waiting),
+        }
+        assert found == [(tuple(sorted(labels.items())), now)]
 
 
 def test_no_blocks_are_no_usage():

@@ -59,6 +59,7 @@ MODEL = ModelInfo(
     block_size=16,
     adapter_pages=55,
     kernels="native",
+    base_fingerprint="fedcba9876543210" * 4,
 )
 
 
@@ -150,8 +151,8 @@ class FakeAdapters:
     async def get(self, id: str) -> AdapterInfo:
         return self._find(id)
 
-    async def list(self) -> list[AdapterInfo]:
-        return [self.known[id] for id in sorted(self.known)]
+    async def list(self, after: str = "", limit: int | None = None) -> list[AdapterInfo]:
+        return [self.known[id] for id in sorted(self.known) if id > after][:limit]
 
     async def watch(self, ids: Collection[str] = ()) -> AsyncIterator[AdapterChange]:
         queue: asyncio.Queue[AdapterChange] = asyncio.Queue()

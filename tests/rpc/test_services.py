@@ -373,6 +373,7 @@ async def test_control(frontend: Any, control: Any) -> None:
     assert (model.name, model.vocab_size, list(model.eos_token_ids)) == ("tiny", 211, [2, 7])
     assert model.bits_per_linear_weight == 4.125
     assert (model.kernels, model.dtype, model.kv_dtype) == ("native", "float32", "bfloat16")
+    assert model.base_fingerprint == "fedcba9876543210" * 4
     load = await control.GetLoad(ct.GetLoadRequest())
     assert [value for _, value in load.ListFields()] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     for request_id, found in (("in-flight", True), ("gone", False)):

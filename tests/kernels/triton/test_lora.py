@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorry.kernels.lora import (
     SITES,
+    VECTORS,
     AdapterPages,
     LoraTerm,
     Routes,
@@ -22,6 +23,7 @@ from lorry.kernels.lora import (
     lora_add_reference,
     make_routes,
     shrink_splits,
+    vector_elements,
 )
 from lorry.kernels.rms_norm import rms_norm_reference
 from lorry.kernels.silu_mul import silu_mul_reference
@@ -33,6 +35,7 @@ Measure = Callable[[Tensor, Tensor], float]
 Row = tuple[tuple[int, ...], tuple[float, ...]]
 LAYERS, MAX_PAGES, LAYER = 3, 4, 1
 RANKS = (5, 16, 40, 16, 33, 1, 16)
+VECTORED = (1, 4, 6)  # slots with a gain and a shift at every site
 
 ONE, NONE = ((2, -1), (1.0, 0.0)), ((-1, -1), (0.0, 0.0))
 MIXES: dict[str, list[Row]] = {
@@ -62,21 +65,30 @@ def _poison(poison: None) -> None:
 
 
 def pool(k: int, sizes: dict[str, int], dtype: torch.dtype, device: str) -> AdapterPages:
-    """Pages scattered over the arena with gaps of NaN; adapter 6 does not adapt the first site."""
+    """Pages scattered over the arena with gaps of NaN.
+
+    Adapters 1, 4 and 6 have vectors; adapter 6 has nothing else at the first site.
+    """
     offsets = torch.full((len(RANKS), LAYERS, len(SITES), MAX_PAGES), -1, dtype=torch.int64)
-    pieces, end = [torch.full((24,), float("nan"))], 24
+    gap = torch.full((24,), float("nan"), dtype=dtype)
+    pieces, end = [gap], 24
     for slot, rank in enumerate(RANKS):
         for name, n in sizes.items():
-            if slot == 6 and name == next(iter(sizes)):
-                continue
-            for page in range(-(-rank // 16)):
+            own: list[tuple[Tensor, int]] = []
+            for page in range(0 if slot == 6 and name == next(iter(sizes)) else -(-rank // 16)):
                 a, b = torch.randn(16, k) / k**0.5, torch.randn(16, n)
                 a[rank - 16 * page :], b[rank - 16 * page :] = 0, 0
-                offsets[slot, LAYER, SITES.index(name), page] = end
-                pieces += [a.flatten(), b.flatten(), torch.full((24,), float("nan"))]
-                end += 16 * (k + n) + 24
+                own.append((torch.cat([a.flatten(), b.flatten()]).to(dtype), 0))
+            if slot in VECTORED:
+                vectors = torch.full((vector_elements(n, dtype),), float("nan"), dtype=dtype)
+                vectors.view(torch.float32)[: 2 * n] = torch.randn(2 * n)
+                own.append((vectors, VECTORS))
+            for index, (page_, flag) in enumerate(own):
+                offsets[slot, LAYER, SITES.index(name), index] = end + flag
+                pieces += [page_, gap]
+                end += page_.numel() + 24
     scaling = torch.rand(len(RANKS), LAYERS, len(SITES)) + 0.5
-    return AdapterPages(torch.cat(pieces).to(dtype).to(device), offsets.to(device), scaling.to(device))
+    return AdapterPages(torch.cat(pieces).to(device), offsets.to(device), scaling.to(device))
 
 
 def segments_of(rows: list[Row], device: str) -> Segments:
@@ -106,7 +118,8 @@ def sites_of(sizes: dict[str, int], gap: int = 0) -> tuple[tuple[Site, ...], int
 
 def routes_of(segments: Segments, rows: int, pages: AdapterPages, k: int, sites: int, more: int = 0) -> Routes:
     """Filled routes; `more`: capacity that the batch does not need."""
-    most = max(sum(-(-RANKS[slot] // 16) for slot in slots if slot >= 0) for slots in segments.slots.tolist())
+    own = [-(-rank // 16) + (slot in VECTORED) for slot, rank in enumerate(RANKS)]
+    most = max(sum(own[slot] for slot in slots if slot >= 0) for slots in segments.slots.tolist())
     routes = make_routes(rows + more, len(segments.slots) + more, most + more // 3, pages, [(k, sites), (5, 1)])
     for table in (routes.tiles, routes.row_segment, routes.page_offsets):
         table.fill_(1234567)
@@ -114,11 +127,11 @@ def routes_of(segments: Segments, rows: int, pages: AdapterPages, k: int, sites:
     return routes
 
 
-def expected_sum(x: Tensor, width: int, pages: AdapterPages, sites: tuple[Site, ...], segments: Segments) -> Tensor:
-    """What LoRA adds, float64 [M, width]."""
-    total = torch.zeros(x.shape[0], width, dtype=torch.float64, device=x.device)
+def expected_sum(x: Tensor, base: Tensor, pages: AdapterPages, sites: tuple[Site, ...], segments: Segments) -> Tensor:
+    """What the adapters add to base [M, width], float64."""
+    total = base.double()
     lora_add_reference(total, x, pages, LAYER, sites, segments)
-    return total
+    return total - base
 
 
 def strided(values: Tensor, more: int) -> Tensor:
@@ -154,17 +167,22 @@ def test_routes(mix: str, tile_rows: int, more: int, device: str) -> None:
     for segment, (slots, weights) in enumerate(zip(segments.slots.tolist(), segments.weights.tolist(), strict=True)):
         for layer in range(LAYERS):
             for site in range(len(SITES)):
-                listed = [
-                    (int(offset), weight * float(pages.scaling[slot, layer, site]))
+                own = [
+                    (int(offset), weight if offset % 2 else weight * float(pages.scaling[slot, layer, site]))
                     for slot, weight in zip(slots, weights, strict=True)
                     if slot >= 0
                     for offset in pages.offsets[slot, layer, site]
                     if offset >= 0
                 ]
-                count, *offsets = routes.page_offsets[segment, layer, site].tolist()
-                assert [count, *offsets[:count]] == [len(listed), *(offset for offset, _ in listed)]
-                scales = routes.page_scales[segment, layer, site, 1 : 1 + count]
-                assert torch.allclose(scales.cpu(), torch.tensor([scale for _, scale in listed]), rtol=1e-6)
+                numbers, *offsets = routes.page_offsets[segment, layer, site].tolist()
+                scales = routes.page_scales[segment, layer, site, 1:].tolist()
+                listed = list(zip(offsets, scales, strict=True))
+                count, vectors = numbers % 2**32, numbers >> 32
+                of_pages = [(offset, pytest.approx(scale)) for offset, scale in own if offset % 2 == 0]
+                of_vectors = [(offset, pytest.approx(scale)) for offset, scale in own if offset % 2 == VECTORS]
+                assert (count, vectors) == (len(of_pages), len(of_vectors))
+                assert listed[:count] == of_pages
+                assert listed[::-1][:vectors] == of_vectors
 
 
 def test_routes_of_rows_outside_all_segments(device: str) -> None:
@@ -195,7 +213,7 @@ def test_adds_what_the_reference_adds(
     segments, (sites, width) = segments_of(rows, device), sites_of(sizes)
     x = strided(torch.randn(len(rows), k, device=device).to(dtype), 8)
     base = torch.randn(len(rows), width, device=device)
-    added = expected_sum(x, width, pages, sites, segments)
+    added = expected_sum(x, base, pages, sites, segments)
     routes = routes_of(segments, len(rows), pages, k, len(sites), more=1 + 2 * (k == 72))
     y = strided(base, 5)
     gpu.lora_add(y, x, pages, LAYER, sites, segments, routes)
@@ -224,7 +242,7 @@ def test_determinism(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_y_is_rounded_once(dtype: torch.dtype, device: str) -> None:
+def test_y_is_rounded_once_and_once_more_with_vectors(dtype: torch.dtype, device: str) -> None:
     sizes = {"gate_proj": 24, "up_proj": 40}
     rows, pages = MIXES["weighted"], pool(80, sizes, dtype, device)
     segments, (sites, width) = segments_of(rows, device), sites_of(sizes)
@@ -232,11 +250,14 @@ def test_y_is_rounded_once(dtype: torch.dtype, device: str) -> None:
         torch.randn(len(rows), 80, device=device).to(dtype),
         torch.randn(len(rows), width, device=device).to(dtype),
     )
-    exact = base.double() + expected_sum(x, width, pages, sites, segments)
+    exact = base.double() + expected_sum(x, base, pages, sites, segments)
     y = base.clone()
     gpu.lora_add(y, x, pages, LAYER, sites, segments)  # makes its own routes
-    half_an_ulp = torch.finfo(dtype).eps / 2 * exact.abs()
-    assert ((y - exact).abs() <= half_an_ulp + 4e-4 * torch.finfo(dtype).eps * 256).all()
+    vectors = torch.where(pages.offsets % 2 == VECTORS, pages.offsets, -1).sort(-1, descending=True).values
+    changed = base.double() + expected_sum(x, base, replace(pages, offsets=vectors), sites, segments)
+    magnitude = exact.abs() + torch.where(changed == base, 0, changed.abs())
+    bound = torch.finfo(dtype).eps / 2 * magnitude
+    assert ((y - exact).abs() <= bound + 4e-4 * torch.finfo(dtype).eps * 256).all()
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
@@ -253,7 +274,7 @@ def test_long_batches_and_other_dtypes(x_dtype: torch.dtype, device: str, relati
     y = base.clone()
     gpu.lora_add(y, x, pages, LAYER, sites, segments, routes)
     assert torch.equal(y[:, 24:30], base[:, 24:30])
-    assert relative_rms(y - base, expected_sum(x, width, pages, sites, segments)) < 1e-6
+    assert relative_rms(y - base, expected_sum(x, base, pages, sites, segments)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -272,7 +293,7 @@ def test_rms_norm_finishes_the_sum(dtype: torch.dtype, mix: str, device: str, re
     routes = routes_of(segments, len(rows), pages, k, 1, more=2)
     term = LoraTerm(routes, pages, LAYER, sites, k)
     gpu.lora_shrink(x, term)
-    sum_ = (out.double() + expected_sum(x, width, pages, sites, segments)).to(dtype)
+    sum_ = (out.double() + expected_sum(x, out, pages, sites, segments)).to(dtype)
     before, updated = out.clone(), residual.clone()
     y = rms_norm(out, weight, 1e-5, updated, term)
     expected = residual + sum_
@@ -313,7 +334,7 @@ def test_silu_mul_finishes_the_sums(
     term = LoraTerm(routes, pages, LAYER, sites, k)
     gpu.lora_shrink(x, term)
     y = silu_mul(gate_up, term)
-    expected = silu_mul_reference((gate_up.double() + expected_sum(x, width, pages, sites, segments)).to(dtype))
+    expected = silu_mul_reference((gate_up.double() + expected_sum(x, gate_up, pages, sites, segments)).to(dtype))
     assert relative_rms(y, expected) < (1e-6 if dtype is torch.float32 else torch.finfo(dtype).eps / 4)
     if dtype is not torch.float32:
         assert (y != expected).float().mean() < 0.02

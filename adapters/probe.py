@@ -1,0 +1,149 @@
+"""A parity probe: what the pages of an adapter add to an output, against PEFT's mathematics on the file's own tensors.
+
+    served     u = y - y0,  y = y0 and then lora_add through the pool's pages, in float32
+    reference  u of `reference_update` in float64, from tensors that safetensors itself has read
+
+for a few of the adapted linears and random x. The two share neither the reader of the file nor the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lorry.adapters.base import BaseWeights
+from lorry.adapters.canonical import CanonicalAdapter
+from lorry.adapters.errors import PoolTooSmall
+from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.matching import Matcher
+from lorry.adapters.pool import PagePool
+from lorry.kernels.lora import SITES, Segments, Site, lora_add
+
+ROWS = 5
+MOST_LINEARS = 5
+REFERENCED = frozenset({"lora", "rslora", "dora", "bias", "lora_bias", "qalora", "alora"})
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Errors of the served update: the largest over the reference's largest value, RMS over RMS."""
+
+    linears: tuple[str, ...]
+    max_error: float
+    rms_error: float
+    within: bool
+
+
+def probe(
+    adapter: CanonicalAdapter, config: Mapping[str, object], weights: bytes, layout: ModelLayout, base: BaseWeights
+) -> Probe | None:
+    """The probe of an adapter that was loaded from these contents; None for methods that are not REFERENCED.
+
+    within: errors are no larger than rounding A, B and the vectors to the pages' dtype explains.
+    """
+    if not REFERENCED.issuperset(adapter.methods) or not adapter.linears:
+        return None
+    tensors = safetensors.torch.load(weights)
+    every = sorted(adapter.linears, key=lambda linear: (linear[0], SITES.index(linear[1])))
+    stride = max(1, (len(every) - 1) / (MOST_LINEARS - 1))
+    chosen = list(dict.fromkeys(every[round(step * stride)] for step in range(min(MOST_LINEARS, len(every)))))
+    pool, slot = _resident(adapter, chosen, layout)
+    generator = torch.Generator().manual_seed(0)
+    served, reference = [], []
+    for linear in chosen:
+        layer, site = linear
+        in_features, out_features = layout.sites[site]
+        x = torch.randn(ROWS, in_features, generator=generator)
+        path = layout.module_path(layer, site)
+        before, after = reference_update(config, tensors, path, x.double(), linear, base)
+        y0 = before.float()
+        y = y0.clone()
+        segments = Segments(torch.tensor([0, ROWS], dtype=torch.int32), _slots(slot), torch.ones(1, 1))
+        lora_add(y, x, pool.pages, layer, (Site(SITES.index(site), 0, out_features),), segments)
+        served.append((y.double() - y0).flatten())
+        reference.append((after - before).flatten())
+    ours, theirs = torch.cat(served), torch.cat(reference)
+    largest = float(theirs.abs().max()) or 1.0
+    rms = float(theirs.square().mean().sqrt()) or 1.0
+    max_error = float((ours - theirs).abs().max()) / largest
+    rms_error = float((ours - theirs).square().mean().sqrt()) / rms
+    bound = max(torch.finfo(pool.dtype).eps, 1e-5)
+    within = max_error <= 4 * bound and rms_error <= bound
+    return Probe(tuple(layout.module_path(*linear) for linear in chosen), max_error, rms_error, within)
+
+
+def reference_update(
+    config: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    path: str,
+    x: Tensor,
+    linear: Linear,
+    base: BaseWeights,
+) -> tuple[Tensor, Tensor]:
+    """The outputs y0 and y [M, N] of the module at `path` for x [M, K], without and with the adapter, in float64.
+
+    y0 is left at zero where the adapter's part does not depend on it.
+    """
+    own = {name.split(f"{path}.", 1)[1]: tensor.double() for name, tensor in tensors.items() if f"{path}." in name}
+    a, b, b_bias, bias, magnitude = (
+        next((tensor for name, tensor in own.items() if name.startswith(start) and name.endswith(end)), None)
+        for start, end in [
+            ("lora_A", "weight"),
+            ("lora_B", "weight"),
+            ("lora_B", "bias"),
+            ("b", "bias"),  # of the module itself, or of its base_layer
+            ("lora_magnitude_vector", ""),
+        ]
+    )
+    out_features = next(tensor for tensor in (b, bias) if tensor is not None).shape[0]
+    on_base = magnitude is not None or bias is not None
+    weight = base.weight(linear).double() if on_base else x.new_zeros(out_features, x.shape[1])
+    old = base.bias(linear) if on_base else None
+    base_bias = x.new_zeros(out_features) if old is None else old.double()
+    before = x @ weight.T + base_bias
+    update = x.new_zeros(x.shape[0], out_features)
+    if a is not None and b is not None:
+        rank = a.shape[0]
+        scaling = _alpha(config, path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        group = x.shape[1] // a.shape[1]
+        pooled = x if group == 1 else x.reshape(len(x), -1, group).mean(-1) * a.shape[1]
+        update = scaling * (pooled @ a.T @ b.T + (0 if b_bias is None else b_bias))
+        if magnitude is not None:
+            norm = (weight + scaling * b @ a).norm(dim=1)
+            return before, magnitude / norm * (before - base_bias + update) + (base_bias if bias is None else bias)
+    return before, before + update + (0 if bias is None else bias - base_bias)
+
+
+def _alpha(config: Mapping[str, object], path: str) -> float:
+    pattern, alpha = config.get("alpha_pattern"), config.get("lora_alpha", 8)
+    for key, value in pattern.items() if isinstance(pattern, dict) else ():
+        if Matcher().match(rf"(.*\.)?({key})$", path, "alpha_pattern"):
+            alpha = value
+            break
+    assert isinstance(alpha, int | float)
+    return float(alpha)
+
+
+def _resident(adapter: CanonicalAdapter, chosen: list[Linear], layout: ModelLayout) -> tuple[PagePool, int]:
+    """A pool that holds these linears of the adapter, and their slot."""
+    few = adapter.with_linears({linear: adapter.linears[linear] for linear in chosen})
+    dtype = few.linears[chosen[0]].pages.dtype
+    capacity = 2 * few.nbytes
+    while True:
+        pool = PagePool(layout, capacity, dtype, max_slots=1)
+        try:
+            slot = pool.insert(few)
+        except PoolTooSmall:
+            capacity *= 2
+            continue
+        assert slot is not None
+        return pool, slot
+
+
+def _slots(slot: int) -> Tensor:
+    return torch.tensor([[slot]], dtype=torch.int32)

@@ -1,0 +1,60 @@
+"""Adapters checked against a model that is not served: its shapes and, where an adapter asks for them, its weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorry.adapters.files import Place
+from lorry.adapters.layout import Linear
+from lorry.adapters.report import Report as Report
+from lorry.adapters.report import report_on
+from lorry.kernels.nf4 import NF4Weight, dequantize
+from lorry.server.model.errors import ModelNotFound
+from lorry.server.model.load import base_fingerprint, open_checkpoint, read_config
+from lorry.server.model.store import resolve_model
+from lorry.server.model.weights import Checkpoint, layout_of
+
+
+class AdapterCheck:
+    """A base by name, as `resolve_model` takes it; raises what that raises.
+
+    Its config is read at once. Its weights are when an adapter names a fingerprint or has a method, such as DoRA, that
+    computes with them. `lorry.adapters.base.BaseWeights` of the checkpoint.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._folder = resolve_model(model)
+        self._config = read_config(self._folder)[0]
+        self.layout = replace(layout_of(self._config), base=Path(model).name)
+
+    def report(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Report:
+        """What becomes of an adapter folder, whose links may lead anywhere; dtype: of its pages."""
+        return report_on(Place(folder, (Path("/"),)), self.layout, dtype, self, lambda: self.fingerprint)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the base; "" for a folder that has a config.json and no weights."""
+        try:
+            return base_fingerprint(self._folder)
+        except ModelNotFound:
+            return ""
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self._folder)
+
+    def weight(self, linear: Linear) -> Tensor:
+        shape = self._config.linear_shapes()[linear[1]]
+        weight = self._checkpoint.linear(self.layout.module_path(*linear), shape)
+        return dequantize(weight, torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+
+    def bias(self, linear: Linear) -> Tensor | None:
+        if not self._config.biased(linear[1]):
+            return None
+        size = self._config.linear_shapes()[linear[1]][0]
+        return self._checkpoint.tensor(f"{self.layout.module_path(*linear)}.bias", (size,)).float()
