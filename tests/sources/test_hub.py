@@ -119,6 +119,11 @@ def test_too_large(hub: Hub, job: Any) -> None:
     assert downloads(hub) == []
 
 
+def test_no_name_of_a_repository(hub: Hub, job: Any) -> None:
+    with pytest.raises(PathRefused, match="no repository of such a name"):
+        fetch(job("hf://org/a--b"))
+
+
 @pytest.mark.parametrize("address", ["hf://org/other", "hf://org/name@v9"])
 def test_what_is_not_there(hub: Hub, job: Any, address: str) -> None:
     with pytest.raises(NotFound, match=f"{address} has no"):
