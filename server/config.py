@@ -57,11 +57,11 @@ class EngineConfig:
     """Folder whose sub-folders are adapters under their own names; None: none are registered at start."""
     adapter_roots: tuple[str, ...] = ()
     """Folders below which LoadAdapter may find adapters; `adapters_dir` is always one of them."""
-    allow_base_mismatch: bool = False
-    """Serve adapters that name another base's fingerprint, with a warning; off: they are refused."""
     adapter_sources: tuple[str, ...] = ()
     """Prefixes below which LoadAdapter may fetch adapters: hf://, s3://, gs:// or https:// with an organisation, bucket
     or host, and what follows it; none: nothing is fetched (docs/sources.md)."""
+    allow_base_mismatch: bool = False
+    """Serve adapters that name another base's fingerprint, with a warning; off: they are refused."""
     max_running: int = 64
     """Most sequences in one batch."""
     max_waiting: int = 1024

@@ -125,8 +125,8 @@ def build_engine(
     pool = PagePool(layout, adapter_memory(config, types), types.adapter_dtype, types.device)
     roots = tuple(Path(root) for root in config.adapter_roots)
     folder = None if config.adapters_dir is None else Path(config.adapters_dir)
-    weights, host_memory = DecoderWeights(decoder), adapter_host_memory(config, types)
-    desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool, weights, host_memory))
+    host_memory = adapter_host_memory(config, types)
+    desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool, DecoderWeights(decoder), host_memory))
 
     bytes_per_block = block_bytes(model.layers, model.kv_heads, model.head_dim, types.kv_dtype)
     if start is None:
@@ -213,8 +213,8 @@ def describe(config: EngineConfig, types: Types, engine: Engine) -> ModelInfo:
         block_size=BLOCK_SIZE,
         adapter_pages=engine.adapters.manager.pool.pages_total,
         kernels=_kernels(types),
-        base_fingerprint=decoder.fingerprint,
         max_weights_bytes=decoder.layout.max_weight_bytes() + MAX_HEADER_BYTES,
+        base_fingerprint=decoder.fingerprint,
     )
 
 

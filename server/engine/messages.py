@@ -270,8 +270,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     block_size: int
     adapter_pages: int
     kernels: str  # which launchers serve: "native", "native-int16", "reference", "triton"
-    base_fingerprint: str = ""  # of the quantized linears; "" where they are random
     max_weights_bytes: int = 0  # of an adapter's file of tensors
+    base_fingerprint: str = ""  # of the quantized linears; "" where they are random
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

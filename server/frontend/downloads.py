@@ -60,6 +60,7 @@ class Downloads:
         async with self._slots:
             result = await self._run(job)
         if result.kind:
+            logger.warning("%s was not fetched: %s", source, result.reason or result.message)
             raise from_wire(result.kind, result.message, result.fields)
         return str(root / "adapters" / result.revision)
 

@@ -96,7 +96,10 @@ class Adapters(Protocol):
         pin: bool = False,
         replace: bool = False,
     ) -> AdapterInfo:
-        """Register a folder under `id` and bring it to the device; returns when it is there."""
+        """Register a folder under `id` and bring it to the device; returns when it is there.
+
+        path: below a local root, or an allowed address, which is fetched first.
+        """
 
     async def unload(self, id: str) -> AdapterInfo:
         """Forget `id`; requests in flight finish. NotFound when unknown."""

@@ -26,10 +26,9 @@ from lorry.server.sources.job import Job, Result
 from lorry.server.sources.remote import Changed, Remote, Stat, check_digest, too_large
 from lorry.server.sources.store import CONFIG, FILES, WEIGHTS, Store
 
-log = logging.getLogger(__name__)
-
 ATTEMPTS = 5
 NICENESS = 10
+REASON_CHARACTERS = 300
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -52,21 +51,23 @@ def fetch(job: Job, remote: Remote | None = None) -> str:
     except LorryError:
         raise
     except FileNotFoundError as error:
-        name = next((name for name in FILES if name in str(error)), "such folder")
-        message = f"{source} has no {name}, or none that this server may see"
+        name = next((name for name in FILES if name in str(error)), "")
+        message = f"{source} {f'has no {name}' if name else 'is not there'}, or none that this server may see"
         raise NotFound(message, resource_type="adapter source", resource_name=str(source)) from None
     except PermissionError:
         raise PathRefused(f"{source} refuses access to this server", field="path") from None
-    except Changed:
-        raise SourceUnavailable(f"{source} changes while it is fetched", resource_name=str(source)) from None
+    except Changed as error:
+        raise SourceUnavailable(f"{source} changes while it is fetched", resource_name=str(source)) from error
     except Exception as error:
-        log.warning("fetching %s failed: %s: %s", source, type(error).__name__, without_queries(str(error)))
-        raise SourceUnavailable(f"{source} cannot be fetched now", resource_name=str(source)) from None
+        raise SourceUnavailable(f"{source} cannot be fetched now", resource_name=str(source)) from error
 
 
-def without_queries(text: str) -> str:
-    """`text` without what follows a question mark: signatures stand there."""
-    return re.sub(r"\?\S+", "?…", text)
+def reason(error: LorryError) -> str:
+    """What lies behind the error, for the server's log: without what stands in an address for a credential."""
+    if error.__cause__ is None:
+        return ""
+    text = re.sub(r"\?\S+", "?…", str(error.__cause__))
+    return f"{type(error.__cause__).__name__}: {re.sub(r'//[^/@]*@', '//…@', text)[:REASON_CHARACTERS]}"
 
 
 def _open(source: Source, job: Job) -> Remote:
@@ -114,7 +115,7 @@ def _end_with(descriptor: int) -> None:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.disable()  # libraries log addresses with their signatures
     os.nice(NICENESS)
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
     threading.Thread(target=_end_with, args=(0,), daemon=True).start()
@@ -123,7 +124,7 @@ def main() -> None:
     try:
         result = Result(revision=fetch(job))
     except LorryError as error:
-        result = Result(kind=error.kind, message=error.message, fields=error.fields)
+        result = Result(kind=error.kind, message=error.message, fields=error.fields, reason=reason(error))
     answers.write(msgspec.json.encode(result) + b"\n")
     answers.flush()
     os._exit(0)  # whatever threads the libraries keep

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lorry.server.errors import PathRefused
 from lorry.server.sources.address import MAIN, Source
 from lorry.server.sources.remote import PASSING, Stat
 
@@ -28,6 +29,8 @@ class Folder:
         self._commit = ""
 
     def stat(self, name: str) -> Stat:
+        from huggingface_hub.hf_api import RepoFile
+
         path = f"{self._folder}/{name}" if self._folder else name
         try:
             if not self._commit:
@@ -36,7 +39,7 @@ class Folder:
         except Exception as error:
             raise _ours(error, name) from None
         for file in found:
-            if isinstance(file, self._hub.RepoFile) and file.path == path:
+            if isinstance(file, RepoFile) and file.path == path:
                 return Stat(file.size, file.blob_id, file.lfs.sha256 if file.lfs else "")
         raise FileNotFoundError(name)
 
@@ -63,6 +66,8 @@ def _ours(error: Exception, name: str) -> Exception:
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.HFValidationError):
+        return PathRefused("the hub has no repository of such a name", field="path")
     if isinstance(error, errors.GatedRepoError):
         return PermissionError(name)
     if isinstance(error, errors.OfflineModeIsEnabled):

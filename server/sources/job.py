@@ -22,9 +22,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """The revision, or the error as `errors.from_wire` takes it."""
+    """The revision, or the error as `errors.from_wire` takes it. reason: what lies behind it, for the log."""
 
     revision: str = ""
     kind: str = ""
     message: str = ""
     fields: dict[str, str] = field(default_factory=dict)
+    reason: str = ""

@@ -52,7 +52,7 @@ class Store:
 
     @contextlib.contextmanager
     def locked(self, key: str) -> Iterator[None]:
-        """Alone with `key` among all processes; waits for another that fetches it."""
+        """Alone with `key`, or a revision, among all processes; waits for another that has it."""
         with open(self._root / "parts" / f"{key}.lock", "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -83,15 +83,16 @@ class Store:
         """A gathered version becomes a folder of its revision, which is returned."""
         part = self.part(key)
         revision = revision_of(part)
-        if not self._proved(revision):
-            whole, adapters = part / "whole", self._root / "adapters"
-            shutil.rmtree(whole, ignore_errors=True)
-            whole.mkdir()
-            for name in FILES:
-                os.replace(part / name, whole / name)
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(adapters / revision, part / f"damaged-{secrets.token_hex(4)}")
-            os.rename(whole, adapters / revision)
+        with self.locked(revision):  # which another version may have too
+            if not self._proved(revision):
+                whole, place = part / "whole", self._root / "adapters" / revision
+                shutil.rmtree(whole, ignore_errors=True)
+                whole.mkdir()
+                for name in FILES:
+                    os.replace(part / name, whole / name)
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(place, part / f"damaged-{secrets.token_hex(4)}")
+                os.rename(whole, place)
         note = self._root / "versions" / f"{key}.{secrets.token_hex(4)}"
         note.write_text(revision)
         os.replace(note, self._root / "versions" / key)
