@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorry.adapters.base import BaseWeights
-from lorry.adapters.checkpoint import LinearTensors
 from lorry.adapters.errors import MalformedAdapter
 from lorry.adapters.layout import Linear, ModelLayout
-from lorry.adapters.methods import Update, update_of
-from lorry.adapters.spec import AdapterSpec
-from lorry.adapters.tensor_file import is_finite
+from lorry.adapters.reading.base import BaseWeights
+from lorry.adapters.reading.checkpoint import LinearTensors
+from lorry.adapters.reading.methods import Update, update_of
+from lorry.adapters.reading.spec import AdapterSpec
+from lorry.adapters.reading.tensor_file import is_finite
 from lorry.kernels.lora import PAGE_RANK, SITES, vector_elements
 
 

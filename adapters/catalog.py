@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from lorry.adapters.errors import PathRefused
-from lorry.adapters.files import Place, below
+from lorry.adapters.reading.files import Place, below
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MOST_FILES = 1024  # of an adapter's folder that are looked at

@@ -13,7 +13,7 @@ from typing import Protocol
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import FilesState
 from lorry.adapters.errors import AdapterError
-from lorry.adapters.files import Place
+from lorry.adapters.reading.files import Place
 from lorry.adapters.segments import Combo
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import Catalog
+from lorry.adapters.device.pool import PagePool
 from lorry.adapters.errors import AdapterError, MixRefused, RevisionMismatch
 from lorry.adapters.host import HostTier
 from lorry.adapters.lease import Entry, Lease, Part, Version
 from lorry.adapters.loader import Loaded, Loader
-from lorry.adapters.pool import PagePool
+from lorry.adapters.reading.base import BaseWeights
 from lorry.adapters.records import DEVICE, DISK, HOST, Counters
 from lorry.adapters.register import Register
 from lorry.adapters.residency import Residency

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
-from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter, canonicalise
 from lorry.adapters.catalog import FilesState, files_state
-from lorry.adapters.checkpoint import read_linears
 from lorry.adapters.errors import AdapterError, MalformedAdapter
-from lorry.adapters.files import Place, read_adapter
-from lorry.adapters.identity import check_base
 from lorry.adapters.layout import ModelLayout
-from lorry.adapters.spec import AdapterSpec
-from lorry.adapters.tensor_file import parse_tensors
+from lorry.adapters.reading.base import BaseWeights
+from lorry.adapters.reading.checkpoint import read_linears
+from lorry.adapters.reading.files import Place, read_adapter
+from lorry.adapters.reading.identity import check_base
+from lorry.adapters.reading.spec import AdapterSpec
+from lorry.adapters.reading.tensor_file import parse_tensors
 
 log = logging.getLogger(__name__)
 

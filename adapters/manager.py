@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lorry.adapters.base import BaseWeights
 from lorry.adapters.catalog import Catalog, is_valid_id
+from lorry.adapters.device.pool import PagePool
 from lorry.adapters.errors import AdapterExists, MalformedAdapter, UnknownAdapter
-from lorry.adapters.files import Place
 from lorry.adapters.lease import AdapterReference, Lease, Part, Version
 from lorry.adapters.library import Library, unfit
 from lorry.adapters.news import News
-from lorry.adapters.pool import PagePool
+from lorry.adapters.reading.base import BaseWeights
+from lorry.adapters.reading.files import Place
 from lorry.adapters.records import DEVICE, DISK, HOST, AdapterChanged, AdapterInfo, AdapterReply, Counters, Tiers
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 from lorry.adapters.catalog import FilesState
 from lorry.adapters.errors import UnknownAdapter
-from lorry.adapters.files import Place
 from lorry.adapters.lease import Entry, Lease, Part, Version
 from lorry.adapters.library import Library
+from lorry.adapters.reading.files import Place
 from lorry.adapters.watch import Held, Looks, Watch
 
 INTERVAL = 1.0  # seconds between two looks

@@ -7,10 +7,10 @@ from dataclasses import replace
 from itertools import islice
 
 from lorry.adapters.catalog import Catalog
+from lorry.adapters.device.pool import PagePool
 from lorry.adapters.errors import UnknownAdapter
-from lorry.adapters.files import Place
 from lorry.adapters.lease import Entry
-from lorry.adapters.pool import PagePool
+from lorry.adapters.reading.files import Place
 from lorry.adapters.records import AdapterChanged, AdapterInfo, AdapterState
 
 _EVENTS = 64  # told at a time, which bounds what a step spends on them

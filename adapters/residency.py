@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from itertools import takewhile
 
 from lorry.adapters.canonical import CanonicalAdapter
+from lorry.adapters.device.pool import PagePool
+from lorry.adapters.device.slabs import Demand
 from lorry.adapters.errors import AdapterError
 from lorry.adapters.host import HostTier
 from lorry.adapters.lease import Lease, Version
-from lorry.adapters.pool import PagePool
-from lorry.adapters.slabs import Demand
 
 PATIENCE = 64
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from lorry.adapters.catalog import Catalog, FilesState, files_state
-from lorry.adapters.files import Place
+from lorry.adapters.reading.files import Place
 
 log = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from load import Percentiles, RequestTimes, percentiles, stream_request
 from prometheus_client.parser import text_string_to_metric_families
 from workload import Workload, adapter_name, linear_shapes, write_adapters
 
+from lorry.adapters.device.slabs import SlabAllocator
 from lorry.adapters.layout import ModelLayout
-from lorry.adapters.slabs import SlabAllocator
-from lorry.adapters.spec import CONFIG_NAME
-from lorry.adapters.tensor_file import WEIGHTS_NAME
+from lorry.adapters.reading.spec import CONFIG_NAME
+from lorry.adapters.reading.tensor_file import WEIGHTS_NAME
 from lorry.v1 import adapter_pb2, adapter_pb2_grpc
 from lorry.v1.generation_pb2_grpc import GenerationServiceStub
 

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorry.adapters.identity import FINGERPRINT_KEY
+from lorry.adapters.reading.identity import FINGERPRINT_KEY
 from lorry.server.model.load import base_fingerprint
 from lorry.server.model.store import DEFAULT_MODEL, resolve_model
 

@@ -13,11 +13,11 @@ from steps.sizes import rank_of
 from torch import Tensor
 
 from lorry.adapters import loader
-from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter, CanonicalLinear, page_count
-from lorry.adapters.files import Place
 from lorry.adapters.layout import ModelLayout
-from lorry.adapters.spec import CONFIG_NAME
+from lorry.adapters.reading.base import BaseWeights
+from lorry.adapters.reading.files import Place
+from lorry.adapters.reading.spec import CONFIG_NAME
 from lorry.kernels.lora import PAGE_RANK, SITES
 
 NUMBERS = 1 << 24  # random ones that all pages are cut from, each adapter's from other places

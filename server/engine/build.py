@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from lorry.adapters.catalog import Catalog
+from lorry.adapters.device.pool import PagePool
 from lorry.adapters.manager import AdapterManager
-from lorry.adapters.pool import PagePool
+from lorry.adapters.reading.tensor_file import MAX_HEADER_BYTES
 from lorry.adapters.segments import build_segments
-from lorry.adapters.tensor_file import MAX_HEADER_BYTES
 from lorry.kernels import native
 from lorry.kernels.nf4_linear import Products
 from lorry.server.cache.block_table import BlockTable
@@ -24,17 +24,17 @@ from lorry.server.decoding.sampling import Sampling
 from lorry.server.engine.adapters import AdapterDesk
 from lorry.server.engine.batch import build_batch
 from lorry.server.engine.channel import Channel
-from lorry.server.engine.gpu_start import GpuStart, Progress
 from lorry.server.engine.graphs import GRAPH_PAGES, MOST_ADAPTERS, PAGE_BUCKETS
 from lorry.server.engine.loop import Engine
-from lorry.server.engine.memory import CudaMemory, free_memory
-from lorry.server.engine.memory_plan import memory_line
 from lorry.server.engine.messages import Generate, ModelInfo, SamplingParams, StoppingParams
 from lorry.server.engine.plan import Piece
-from lorry.server.engine.rehearsal import Rehearsal
 from lorry.server.engine.runner import SCORED_ROWS, Runner
 from lorry.server.engine.scheduler import Limits, Scheduler
 from lorry.server.engine.sequence import Request, Sequence
+from lorry.server.engine.start.gpu_start import GpuStart, Progress
+from lorry.server.engine.start.memory import CudaMemory, free_memory
+from lorry.server.engine.start.memory_plan import memory_line
+from lorry.server.engine.start.rehearsal import Rehearsal
 from lorry.server.errors import InvalidField
 from lorry.server.model.base_weights import DecoderWeights
 from lorry.server.model.decoder import Decoder

@@ -27,11 +27,11 @@ from lorry.kernels import native
 from lorry.server.config import EngineConfig, engine_config_from_json
 from lorry.server.engine.build import Types, build_engine, describe, warm_up
 from lorry.server.engine.channel import SocketChannel
-from lorry.server.engine.gpu_start import Progress
 from lorry.server.engine.loop import Engine
-from lorry.server.engine.memory import processors
-from lorry.server.engine.memory_plan import check_fraction
 from lorry.server.engine.messages import Loading, LoadingStage, Ready
+from lorry.server.engine.start.gpu_start import Progress
+from lorry.server.engine.start.memory import processors
+from lorry.server.engine.start.memory_plan import check_fraction
 from lorry.server.errors import LorryError, OutOfMemory
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model

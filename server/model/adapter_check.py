@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorry.adapters.files import Place
 from lorry.adapters.layout import Linear
-from lorry.adapters.report import Report as Report
-from lorry.adapters.report import report_on
+from lorry.adapters.reading.files import Place
+from lorry.adapters.reading.report import Report as Report
+from lorry.adapters.reading.report import report_on
 from lorry.kernels.nf4 import NF4Weight, dequantize
 from lorry.server.model.errors import ModelNotFound
 from lorry.server.model.load import base_fingerprint, open_checkpoint, read_config
@@ -24,7 +24,7 @@ class AdapterCheck:
     """A base by name, as `resolve_model` takes it; raises what that raises.
 
     Its config is read at once. Its weights are when an adapter names a fingerprint or has a method, such as DoRA, that
-    computes with them. `lorry.adapters.base.BaseWeights` of the checkpoint.
+    computes with them. `lorry.adapters.reading.base.BaseWeights` of the checkpoint.
     """
 
     def __init__(self, model: str) -> None:

@@ -12,7 +12,7 @@ _PLACES = {site: (group, index) for group, sites in enumerate(_GROUPS) for index
 
 
 class DecoderWeights:
-    """`lorry.adapters.base.BaseWeights` of a decoder; reads it only, from any thread."""
+    """`lorry.adapters.reading.base.BaseWeights` of a decoder; reads it only, from any thread."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._projections = decoder.projections

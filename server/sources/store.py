@@ -1,6 +1,6 @@
 """Fetched adapters on this machine's disk: folders named by their content, so that each proves itself.
 
-    <root>/adapters/<revision>/   the two files, whole; revision: SHA-256 as `lorry.adapters.files` defines it
+    <root>/adapters/<revision>/   the two files, whole; revision: SHA-256 as `lorry.adapters.reading.files` defines it
     <root>/versions/<key>         the revision that a source's version turned out to have
     <root>/parts/<key>/           what was fetched so far of a version
 

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorry.adapters.catalog import Catalog
+from lorry.adapters.device.pool import PagePool
+from lorry.adapters.device.uploads import Beside
 from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.lease import Lease
 from lorry.adapters.manager import AdapterManager
-from lorry.adapters.pool import PagePool
 from lorry.adapters.records import AdapterChanged, AdapterReply
-from lorry.adapters.uploads import Beside
 from lorry.kernels.lora import SITES
 
 sys.path.insert(0, str(Path(__file__).parent))  # random_adapters.py and fake_device.py serve several tests here

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from lorry.adapters.streams import Event
+from lorry.adapters.device.streams import Event
 
 Operation = Iterator[bool]
 """One `next` is a part; True: it has done something, False: it waits for another stream."""

@@ -17,10 +17,10 @@ from torch import Tensor
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import AdapterError, MalformedAdapter, PathRefused, UnsupportedField, WrongBase
-from lorry.adapters.files import revision_of
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.loader import load_adapter
-from lorry.adapters.tensor_file import is_finite
+from lorry.adapters.reading.files import revision_of
+from lorry.adapters.reading.tensor_file import is_finite
 from lorry.kernels.lora import PAGE_RANK
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_"

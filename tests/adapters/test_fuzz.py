@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorry.adapters.errors import AdapterError
-from lorry.adapters.files import Place
 from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.loader import load_adapter
-from lorry.adapters.matching import TIME_LIMIT, Matcher
-from lorry.adapters.report import report_on
-from lorry.adapters.spec import AdapterSpec
-from lorry.adapters.strict_json import parse_object
-from lorry.adapters.tensor_file import parse_tensors
+from lorry.adapters.reading.files import Place
+from lorry.adapters.reading.matching import TIME_LIMIT, Matcher
+from lorry.adapters.reading.report import report_on
+from lorry.adapters.reading.spec import AdapterSpec
+from lorry.adapters.reading.strict_json import parse_object
+from lorry.adapters.reading.tensor_file import parse_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CORPUS = Path(__file__).parent / "corpus"

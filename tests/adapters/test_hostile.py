@@ -21,13 +21,13 @@ from random_adapters import NoBase
 from lorry.adapters import files, matching
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import AdapterError, MalformedAdapter, PathRefused
-from lorry.adapters.files import Place
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.loader import load_adapter
-from lorry.adapters.matching import Matcher
-from lorry.adapters.spec import AdapterSpec
-from lorry.adapters.strict_json import MAX_VALUES, parse_object
-from lorry.adapters.tensor_file import parse_tensors
+from lorry.adapters.reading.files import Place
+from lorry.adapters.reading.matching import Matcher
+from lorry.adapters.reading.spec import AdapterSpec
+from lorry.adapters.reading.strict_json import MAX_VALUES, parse_object
+from lorry.adapters.reading.tensor_file import parse_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PATH = "model.layers.11.self_attn.q_proj"

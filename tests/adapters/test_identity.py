@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import MalformedAdapter, WrongBase
-from lorry.adapters.identity import FINGERPRINT_KEY, check_base
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.loader import Loader, load_adapter
+from lorry.adapters.reading.identity import FINGERPRINT_KEY, check_base
 
 OURS, THEIRS = "0f" * 32, "e1" * 32
 

@@ -18,17 +18,17 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import Catalog
-from lorry.adapters.checkpoint import LinearTensors
+from lorry.adapters.device.pool import PagePool
 from lorry.adapters.errors import MalformedAdapter, MixRefused, UnsupportedField, WrongBase
-from lorry.adapters.files import Place
 from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.lease import Entry, Part
 from lorry.adapters.library import unfit
 from lorry.adapters.loader import load_adapter
-from lorry.adapters.methods import update_of
-from lorry.adapters.pool import PagePool
+from lorry.adapters.reading.checkpoint import LinearTensors
+from lorry.adapters.reading.files import Place
+from lorry.adapters.reading.methods import update_of
+from lorry.adapters.reading.spec import AdapterSpec
 from lorry.adapters.segments import Combo, build_segments
-from lorry.adapters.spec import AdapterSpec
 from lorry.kernels.lora import SITES, Site, lora_add
 
 ALL = list(SITES)

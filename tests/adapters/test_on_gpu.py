@@ -12,8 +12,8 @@ from random_adapters import adapter
 from torch import Tensor
 
 from lorry.adapters.canonical import CanonicalAdapter
+from lorry.adapters.device.pool import PagePool
 from lorry.adapters.layout import Linear, ModelLayout
-from lorry.adapters.pool import PagePool
 from lorry.kernels.lora import SITES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import Catalog
+from lorry.adapters.device.pool import PagePool
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.loader import load_adapter
-from lorry.adapters.pool import PagePool
 from lorry.adapters.segments import build_segments
 from lorry.kernels.lora import SITES, Site, lora_add
 

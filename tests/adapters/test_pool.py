@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from random_adapters import LARGEST, LAYOUT, RANKS, adapter, assert_holds
 
 from lorry.adapters.canonical import CanonicalAdapter
+from lorry.adapters.device.pool import PagePool
+from lorry.adapters.device.slabs import SlabAllocator, slab_elements
 from lorry.adapters.errors import PoolTooSmall
 from lorry.adapters.layout import Linear
-from lorry.adapters.pool import PagePool
-from lorry.adapters.slabs import SlabAllocator, slab_elements
 
 
 class PoolMachine(RuleBasedStateMachine):

@@ -12,12 +12,12 @@ import torch
 from random_adapters import NoBase
 
 from lorry.adapters.catalog import Catalog
+from lorry.adapters.device.uploads import AtOnce
 from lorry.adapters.errors import PoolTooSmall
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.lease import Lease
 from lorry.adapters.loader import load_adapter
 from lorry.adapters.records import AdapterState
-from lorry.adapters.uploads import AtOnce
 from lorry.kernels.lora import SITES
 
 

@@ -15,9 +15,9 @@ from peft.utils.other import get_pattern_key
 
 from lorry.adapters import matching
 from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
-from lorry.adapters.fields import ACCEPTED, SERVED, WITH_ALORA, WITHOUT_EFFECT, refuse_beside_alora
 from lorry.adapters.layout import ModelLayout
-from lorry.adapters.spec import AdapterSpec
+from lorry.adapters.reading.fields import ACCEPTED, SERVED, WITH_ALORA, WITHOUT_EFFECT, refuse_beside_alora
+from lorry.adapters.reading.spec import AdapterSpec
 
 BASE = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from random_adapters import LARGEST, LAYOUT, adapter, assert_holds, assert_page, assert_tables
 
 from lorry.adapters.canonical import CanonicalAdapter
+from lorry.adapters.device.pool import PagePool
+from lorry.adapters.device.ring import ALIGNMENT, Ring
+from lorry.adapters.device.uploads import AtOnce, Beside
 from lorry.adapters.layout import Linear
-from lorry.adapters.pool import PagePool
-from lorry.adapters.ring import ALIGNMENT, Ring
-from lorry.adapters.uploads import AtOnce, Beside
 
 
 class House:

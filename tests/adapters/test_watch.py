@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import UnknownAdapter
-from lorry.adapters.files import Place
+from lorry.adapters.reading.files import Place
 from lorry.adapters.records import AdapterState
 from lorry.adapters.watch import Looks
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lorry.adapters.catalog import Catalog
+from lorry.adapters.device.pool import PagePool
 from lorry.adapters.loader import load_adapter
-from lorry.adapters.pool import PagePool
 from lorry.kernels import native
 
 

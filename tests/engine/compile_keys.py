@@ -21,7 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lorry.adapters.pool import PagePool
+from lorry.adapters.device.pool import PagePool
 from lorry.kernels import dispatch
 from lorry.kernels.lora import AdapterPages, Segments
 from lorry.kernels.triton.compilations import Compilation, compile_noted, keep_in, noted, report_late
@@ -33,10 +33,10 @@ from lorry.server.config import MIB
 from lorry.server.decoding.interface import Row
 from lorry.server.decoding.sampling import Sampling
 from lorry.server.engine.graphs import all_buckets, idle_step, padded
-from lorry.server.engine.rehearsal import Rehearsal
 from lorry.server.engine.scheduler import Limits
 from lorry.server.engine.staging import upload
-from lorry.server.engine.warm_up import most_rows
+from lorry.server.engine.start.rehearsal import Rehearsal
+from lorry.server.engine.start.warm_up import most_rows
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.inputs import ModelInputs
 from lorry.server.model.load import load_model

@@ -14,12 +14,12 @@ from lorry.server.cache.blocks import blocks_for
 from lorry.server.config import GIB, MIB, EngineConfig
 from lorry.server.engine import build
 from lorry.server.engine.channel import LocalChannel
-from lorry.server.engine.gpu_start import GpuStart
 from lorry.server.engine.graphs import Bucket, all_buckets
-from lorry.server.engine.memory_plan import GRAPH
-from lorry.server.engine.rehearsal import Peaks
 from lorry.server.engine.runner import Runner
 from lorry.server.engine.scheduler import Limits
+from lorry.server.engine.start.gpu_start import GpuStart
+from lorry.server.engine.start.memory_plan import GRAPH
+from lorry.server.engine.start.rehearsal import Peaks
 from lorry.server.errors import InvalidField
 from lorry.server.model.decoder import Decoder
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorry.server.config import GIB, MIB
-from lorry.server.engine.memory_plan import GRAPH, SPARE, Taken, graph_memory, kv_blocks, memory_line, size
+from lorry.server.engine.start.memory_plan import GRAPH, SPARE, Taken, graph_memory, kv_blocks, memory_line, size
 from lorry.server.errors import InvalidField
 
 TAKEN = Taken(total=80 * GIB, others=GIB, weights=5 * GIB, adapters=2 * GIB, activations=3 * GIB, graphs=GIB)

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lorry.adapters.identity import FINGERPRINT_KEY
+from lorry.adapters.reading.identity import FINGERPRINT_KEY
 from lorry.server.engine.local import LocalEngine
 from lorry.server.errors import MalformedAdapter, WrongBase
 

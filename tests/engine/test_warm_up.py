@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lorry.adapters.pool import PagePool
+from lorry.adapters.device.pool import PagePool
 from lorry.server.cache.blocks import BLOCK_SIZE
 from lorry.server.decoding.sampling import Sampling
-from lorry.server.engine.memory import CudaMemory
-from lorry.server.engine.rehearsal import Rehearsal
 from lorry.server.engine.scheduler import Limits
-from lorry.server.engine.warm_up import Shape, decode_step, inputs_of, largest_step, most_rows, warm_up_shapes
+from lorry.server.engine.start.memory import CudaMemory
+from lorry.server.engine.start.rehearsal import Rehearsal
+from lorry.server.engine.start.warm_up import Shape, decode_step, inputs_of, largest_step, most_rows, warm_up_shapes
 from lorry.server.model.decoder import Decoder
 
 LIMITS = [

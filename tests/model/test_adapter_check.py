@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lorry.adapters.identity import FINGERPRINT_KEY
-from lorry.adapters.spec import AdapterSpec
+from lorry.adapters.reading.identity import FINGERPRINT_KEY
+from lorry.adapters.reading.spec import AdapterSpec
 from lorry.server.cli import app
 from lorry.server.model.adapter_check import AdapterCheck
 from lorry.server.model.load import base_fingerprint

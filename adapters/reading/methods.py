@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorry.adapters.base import BaseWeights
-from lorry.adapters.checkpoint import LinearTensors
 from lorry.adapters.errors import MalformedAdapter, UnsupportedField, WrongBase
 from lorry.adapters.layout import MAX_RANK, Linear
-from lorry.adapters.spec import AdapterSpec
+from lorry.adapters.reading.base import BaseWeights
+from lorry.adapters.reading.checkpoint import LinearTensors
+from lorry.adapters.reading.spec import AdapterSpec
 
 
 @dataclass(frozen=True, eq=False)

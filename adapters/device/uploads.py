@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lorry.adapters.ring import ALIGNMENT, Ring
-from lorry.adapters.streams import CudaStream, Event, Stream
+from lorry.adapters.device.ring import ALIGNMENT, Ring
+from lorry.adapters.device.streams import CudaStream, Event, Stream
 
 RING_BYTES = 32 << 20
 _SERIAL = 1 << 15  # elements that torch copies in one thread

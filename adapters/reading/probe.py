@@ -17,12 +17,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lorry.adapters.base import BaseWeights
 from lorry.adapters.canonical import CanonicalAdapter
+from lorry.adapters.device.pool import PagePool
 from lorry.adapters.errors import PoolTooSmall
 from lorry.adapters.layout import Linear, ModelLayout
-from lorry.adapters.matching import Matcher
-from lorry.adapters.pool import PagePool
+from lorry.adapters.reading.base import BaseWeights
+from lorry.adapters.reading.matching import Matcher
 from lorry.kernels.lora import SITES, Segments, Site, lora_add
 
 ROWS = 5

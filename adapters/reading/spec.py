@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
-from lorry.adapters.fields import FACTOR_INITS, refuse_beside_alora, refuse_unsupported
 from lorry.adapters.layout import MAX_RANK, Linear, ModelLayout
-from lorry.adapters.matching import Matcher
-from lorry.adapters.strict_json import parse_object
+from lorry.adapters.reading.fields import FACTOR_INITS, refuse_beside_alora, refuse_unsupported
+from lorry.adapters.reading.matching import Matcher
+from lorry.adapters.reading.strict_json import parse_object
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20

@@ -14,9 +14,9 @@ import torch
 from lorry.kernels.lora import AdapterPages
 from lorry.server.cache.kv_cache import KVCache
 from lorry.server.decoding.interface import Row, Strategy
-from lorry.server.engine.memory import DeviceMemory
 from lorry.server.engine.scheduler import Limits
-from lorry.server.engine.warm_up import Shape, decode_step, inputs_of, largest_step, table_width, warm_up_shapes
+from lorry.server.engine.start.memory import DeviceMemory
+from lorry.server.engine.start.warm_up import Shape, decode_step, inputs_of, largest_step, table_width, warm_up_shapes
 from lorry.server.model.decoder import Decoder
 from lorry.server.params import SamplingParams, StoppingParams
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 
 from lorry.adapters.canonical import CanonicalAdapter, CanonicalLinear
+from lorry.adapters.device.slabs import Demand, SlabAllocator
+from lorry.adapters.device.streams import Event
+from lorry.adapters.device.tables import Placed, SlotTables
+from lorry.adapters.device.uploads import Uploads, uploads_to
 from lorry.adapters.errors import PoolTooSmall
 from lorry.adapters.layout import Linear, ModelLayout
-from lorry.adapters.slabs import Demand, SlabAllocator
-from lorry.adapters.streams import Event
-from lorry.adapters.tables import Placed, SlotTables
-from lorry.adapters.uploads import Uploads, uploads_to
 from lorry.kernels.lora import VECTORS, AdapterPages, vectors_at
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.canonical import page_count
+from lorry.adapters.device.uploads import Uploads
 from lorry.adapters.layout import MAX_RANK, Linear
-from lorry.adapters.uploads import Uploads
 from lorry.kernels.lora import SITES, AdapterPages
 
 Placed = Mapping[Linear, tuple[Sequence[int], float]]

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lorry.adapters.errors import MalformedAdapter, WrongBase
 from lorry.adapters.layout import Linear, ModelLayout
-from lorry.adapters.spec import AdapterSpec
-from lorry.adapters.tensor_file import is_finite
+from lorry.adapters.reading.spec import AdapterSpec
+from lorry.adapters.reading.tensor_file import is_finite
 
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>model\..+?)\."

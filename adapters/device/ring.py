@@ -12,7 +12,7 @@ from collections import deque
 
 from torch import Tensor
 
-from lorry.adapters.streams import Event
+from lorry.adapters.device.streams import Event
 
 ALIGNMENT = 256  # bytes, where a piece begins
 

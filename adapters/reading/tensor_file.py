@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.errors import MalformedAdapter
-from lorry.adapters.strict_json import parse_object
+from lorry.adapters.reading.strict_json import parse_object
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_HEADER_BYTES = 4 << 20

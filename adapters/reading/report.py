@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from lorry.adapters.base import BaseWeights
 from lorry.adapters.errors import AdapterError, MalformedAdapter
-from lorry.adapters.files import AdapterFiles, Place, read_adapter
-from lorry.adapters.identity import FINGERPRINT_KEY, doubt_without_fingerprint
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.loader import load_adapter
-from lorry.adapters.probe import Probe, probe
-from lorry.adapters.spec import AdapterSpec
-from lorry.adapters.strict_json import parse_object
+from lorry.adapters.reading.base import BaseWeights
+from lorry.adapters.reading.files import AdapterFiles, Place, read_adapter
+from lorry.adapters.reading.identity import FINGERPRINT_KEY, doubt_without_fingerprint
+from lorry.adapters.reading.probe import Probe, probe
+from lorry.adapters.reading.spec import AdapterSpec
+from lorry.adapters.reading.strict_json import parse_object
 from lorry.kernels.lora import SITES
 
 

@@ -19,8 +19,15 @@ from io import FileIO
 from pathlib import Path
 
 from lorry.adapters.errors import AdapterError, MalformedAdapter, PathRefused
-from lorry.adapters.spec import CONFIG_NAME, MAX_CONFIG_BYTES
-from lorry.adapters.tensor_file import MAX_HEADER_BYTES, PREFIX_BYTES, WEIGHTS_NAME, Header, header_bytes, parse_header
+from lorry.adapters.reading.spec import CONFIG_NAME, MAX_CONFIG_BYTES
+from lorry.adapters.reading.tensor_file import (
+    MAX_HEADER_BYTES,
+    PREFIX_BYTES,
+    WEIGHTS_NAME,
+    Header,
+    header_bytes,
+    parse_header,
+)
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ENTRIES_SEEN = 1000  # of a folder without weights, to say what is there instead

@@ -12,12 +12,12 @@ import torch
 
 from lorry.server.config import EngineConfig
 from lorry.server.engine.graphs import Bucket, all_buckets
-from lorry.server.engine.memory import DeviceMemory, processors
-from lorry.server.engine.memory_plan import Taken, check_adapter_memory, check_fraction, graph_memory, kv_blocks
-from lorry.server.engine.rehearsal import Peaks
 from lorry.server.engine.runner import Runner
 from lorry.server.engine.scheduler import Limits
-from lorry.server.engine.warm_up import table_width
+from lorry.server.engine.start.memory import DeviceMemory, processors
+from lorry.server.engine.start.memory_plan import Taken, check_adapter_memory, check_fraction, graph_memory, kv_blocks
+from lorry.server.engine.start.rehearsal import Peaks
+from lorry.server.engine.start.warm_up import table_width
 
 Progress = Callable[[str, int, int], None]
 
