@@ -44,7 +44,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass
 class Assembly:
-    """One compiled kernel. opcodes: SASS instructions by name, with all of their suffixes; loop: those of the longest
+    """One compiled kernel. opcodes: SASS instructions by name, with all of their suffixes; loop: those of the main
     loop; shared: bytes; spills: bytes of local memory of a thread; registers: of a thread."""
 
     name: str
@@ -119,18 +119,20 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _opcodes(sass: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Instructions by name, of all and of the longest loop: the longest way back of a branch."""
+    """Instructions by name, of all and of the longest loop, the longest way back of a branch, of those that multiply on
+    the tensor cores where there are such."""
     names: list[str] = []
     labels: dict[str, int] = {}
-    first, last = 0, 0
+    loops: list[tuple[int, int]] = [(0, 0)]
     for line in sass.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(names)
         elif code := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", line):
             names.append(code[1])
             target = re.search(r"BRA(?:\.\w+)* .*?`?\((\.L_x_\d+)\)", line)
-            if target and target[1] in labels and len(names) - labels[target[1]] > last - first:
-                first, last = labels[target[1]], len(names)
+            if target and target[1] in labels:
+                loops.append((labels[target[1]], len(names)))
+    first, last = max(loops, key=lambda loop: (any("MMA" in name for name in names[slice(*loop)]), loop[1] - loop[0]))
     return dict(Counter(names)), dict(Counter(names[first:last]))
 
 

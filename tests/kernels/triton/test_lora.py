@@ -355,12 +355,13 @@ def test_assembly(assembled: Callable[[str, int], list[Any]], dtype: str, archit
         (expand,) = assembled(f"lora expand {dtype} {rows}", architecture)
         for kernel in (shrink, expand):
             assert kernel.spills == 0
-            assert kernel.registers <= 128
+            assert kernel.registers <= 168  # at least three programs to a multiprocessor
             assert kernel.count("HGMMA" if architecture == 90 and rows > 64 else "HMMA", "loop") > 0
         assert shrink.count("LDGSTS") == shrink.count("LDGSTS.E.BYPASS.128") > 0
         assert shrink.count("LDG.E.U16") == expand.count("LDG.E.U16") == 0
         assert expand.count("LDG.E.128", "loop") >= 2
-        assert expand.count("STG") == expand.count("STG.E.128") > 0
+        of_vectors = 1 if rows == 64 else 0  # a small part of a small tile
+        assert expand.count("STG") - of_vectors == expand.count("STG.E.128") > 0
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
