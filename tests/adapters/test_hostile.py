@@ -18,11 +18,11 @@ import pytest
 import torch
 from random_adapters import NoBase
 
-from lorry.adapters import files, matching
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.errors import AdapterError, MalformedAdapter, PathRefused
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.loader import load_adapter
+from lorry.adapters.reading import files, matching
 from lorry.adapters.reading.files import Place
 from lorry.adapters.reading.matching import Matcher
 from lorry.adapters.reading.spec import AdapterSpec

@@ -13,9 +13,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from lorry.adapters import matching
 from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
 from lorry.adapters.layout import ModelLayout
+from lorry.adapters.reading import matching
 from lorry.adapters.reading.fields import ACCEPTED, SERVED, WITH_ALORA, WITHOUT_EFFECT, refuse_beside_alora
 from lorry.adapters.reading.spec import AdapterSpec
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorry.adapters import pool
+from lorry.adapters.device import pool
 from lorry.server.cache.blocks import blocks_for
 from lorry.server.config import GIB, MIB, EngineConfig
 from lorry.server.engine import build

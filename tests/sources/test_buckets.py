@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from web_site import CONFIG, WEIGHTS
 
-from lorry.adapters import files
+from lorry.adapters.reading import files
 from lorry.server.errors import MalformedAdapter, NotFound
 from lorry.server.sources import filesystem
 from lorry.server.sources.address import parse

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from web_site import CONFIG, WEIGHTS
 
-from lorry.adapters import files
+from lorry.adapters.reading import files
 from lorry.server.errors import LorryError, MalformedAdapter, NotFound, PathRefused, SourceUnavailable
 from lorry.server.sources import https
 from lorry.server.sources.fetch import ATTEMPTS, fetch

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants, errors
 from web_site import CONFIG, WEIGHTS
 
-from lorry.adapters import files
+from lorry.adapters.reading import files
 from lorry.server.errors import LorryError, MalformedAdapter, NotFound, PathRefused, SourceUnavailable
 from lorry.server.sources.fetch import fetch, reason
 from lorry.server.sources.store import FILES

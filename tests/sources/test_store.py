@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorry.adapters import files
+from lorry.adapters.reading import files
 from lorry.server.sources.store import FILES, Store, default_root, revision_of
 
 CONTENTS = (b"{}", b"weights" * 1001)
