@@ -65,5 +65,6 @@ class ModelLayout:
         return int(match[1]), match[3]
 
     def max_weight_bytes(self) -> int:
-        """Bytes of the largest adapter file that can be served: rank 256, float32, every linear."""
-        return self.layers * MAX_RANK * 4 * sum(k + n for k, n in self.sites.values())
+        """Bytes of the largest adapter file that can be served: rank 256, float32, every linear, and of each output two
+        numbers more: a bias, and a magnitude or a bias of B."""
+        return self.layers * 4 * sum(MAX_RANK * (k + n) + 2 * n for k, n in self.sites.values())
