@@ -15,6 +15,7 @@ from random_adapters import NoBase
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers_with_pages import layout_of, served
 
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import Catalog
@@ -28,8 +29,8 @@ from lorry.adapters.reading.checkpoint import LinearTensors
 from lorry.adapters.reading.files import Place
 from lorry.adapters.reading.methods import update_of
 from lorry.adapters.reading.spec import AdapterSpec
-from lorry.adapters.segments import Combo, build_segments
-from lorry.kernels.lora import SITES, Site, lora_add
+from lorry.adapters.segments import Combo
+from lorry.kernels.lora import SITES
 
 ALL = list(SITES)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -77,9 +78,7 @@ def qwen() -> Qwen2ForCausalLM:
 
 @pytest.fixture(scope="module")
 def layout(qwen: Qwen2ForCausalLM) -> ModelLayout:
-    modules = dict(qwen.named_modules())
-    paths = {site: modules[ModelLayout.module_path(0, site)] for site in SITES}
-    return ModelLayout(2, {site: (linear.in_features, linear.out_features) for site, linear in paths.items()})
+    return layout_of(qwen)
 
 
 class Base:
@@ -111,43 +110,6 @@ def read(folder: Path, layout: ModelLayout, base: Any) -> CanonicalAdapter:
     place = Catalog(folder.parent).find(folder.name)
     assert place is not None
     return load_adapter(place, layout, torch.float32, base)
-
-
-class WithPages(nn.Module):
-    """A linear of transformers with this server's update behind it."""
-
-    def __init__(self, base: nn.Linear, pool: PagePool, layer: int, site: str, runs: list[tuple[int, Combo]]) -> None:
-        super().__init__()
-        self.base, self.pool, self.layer = base, pool, layer
-        self.site = Site(SITES.index(site), 0, base.out_features)
-        self.segments = build_segments(runs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        lora_add(
-            y.view(-1, y.shape[-1]),
-            x.reshape(-1, x.shape[-1]),
-            self.pool.pages,
-            self.layer,
-            (self.site,),
-            self.segments,
-        )
-        return y
-
-
-@torch.no_grad()
-def served(
-    model: Qwen2ForCausalLM, layout: ModelLayout, pool: PagePool, token_ids: Tensor, combos: list[Combo]
-) -> Tensor:
-    """Logits [rows, T, V] of rows with these combos."""
-    copied = copy.deepcopy(model)
-    modules = dict(copied.named_modules())
-    runs = [(token_ids.shape[1], combo) for combo in combos]
-    for layer, site in layout.linears():
-        path = layout.module_path(layer, site)
-        parent, _, leaf = path.rpartition(".")
-        setattr(modules[parent], leaf, WithPages(modules[path], pool, layer, site, runs))
-    return copied(token_ids).logits
 
 
 @torch.no_grad()
@@ -300,6 +262,16 @@ def test_spoiled_tensors_are_refused(qwen: Qwen2ForCausalLM, layout: ModelLayout
     save_file(tensors, file)
     with pytest.raises(error, match=message):
         read(tmp_path / "a", layout, Base(qwen))
+
+
+def test_the_largest_files_that_peft_writes_are_read(
+    qwen: Qwen2ForCausalLM, layout: ModelLayout, tmp_path: Path
+) -> None:
+    """Of the greatest rank on every linear, with all that a method adds to A and B."""
+    for name, more in {"a": {"use_dora": True}, "b": {"lora_bias": True}}.items():
+        write(qwen, tmp_path / name, r=256, target_modules=ALL, bias="all", **more)
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= layout.max_weight_bytes()
 
 
 def test_biases_that_peft_did_not_write_stay_the_bases(

@@ -11,6 +11,7 @@ import torch
 from random_adapters import NoBase
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers_with_pages import layout_of, served
 
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.catalog import Catalog
@@ -40,9 +41,7 @@ def llama() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def tiny(llama: LlamaForCausalLM) -> ModelLayout:
-    modules = dict(llama.named_modules())
-    paths = {site: modules[ModelLayout.module_path(0, site)] for site in SITES}
-    return ModelLayout(3, {site: (linear.in_features, linear.out_features) for site, linear in paths.items()})
+    return layout_of(llama)
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -122,21 +121,6 @@ def test_pages_are_pefts_delta_weights(llama: LlamaForCausalLM, tiny: ModelLayou
         torch.testing.assert_close(y.T, expected, rtol=1e-5, atol=1e-5)
 
 
-class WithPages(nn.Module):
-    """A linear of transformers with this server's low-rank update behind it."""
-
-    def __init__(self, base: nn.Linear, pool: PagePool, layer: int, site: str, state: dict[str, Any]) -> None:
-        super().__init__()
-        self.base, self.pool, self.layer, self.state = base, pool, layer, state
-        self.site = Site(SITES.index(site), 0, base.out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        rows = y.view(-1, y.shape[-1])
-        lora_add(rows, x.reshape(-1, x.shape[-1]), self.pool.pages, self.layer, (self.site,), self.state["segments"])
-        return y
-
-
 @torch.no_grad()
 def test_a_mixed_batch_gives_each_row_its_adapters(llama: LlamaForCausalLM, tiny: ModelLayout, tmp_path: Path) -> None:
     names = ["rank 1", "rank 40, rslora", "patterns"]
@@ -163,18 +147,8 @@ def test_a_mixed_batch_gives_each_row_its_adapters(llama: LlamaForCausalLM, tiny
         for path, weight in original.items():
             modules[path].weight.data.copy_(weight)
 
-    runs = [(11, tuple((slots[name], weights[name]) for name in combo)) for combo in combos]
-    state = {"segments": build_segments(runs)}
-    for layer, site in tiny.linears():
-        parent, _, leaf = tiny.module_path(layer, site).rpartition(".")
-        path = tiny.module_path(layer, site)
-        setattr(modules[parent], leaf, WithPages(modules[path], pool, layer, site, state))
-    try:
-        actual = llama(token_ids).logits
-    finally:
-        for layer, site in tiny.linears():
-            parent, _, leaf = tiny.module_path(layer, site).rpartition(".")
-            setattr(modules[parent], leaf, modules[tiny.module_path(layer, site)])
+    held = [tuple((slots[name], weights[name]) for name in combo) for combo in combos]
+    actual = served(llama, tiny, pool, token_ids, held)
     torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-4)
     base = actual[0]
     assert not torch.allclose(actual[1], base) and not torch.allclose(actual[6], actual[5])
