@@ -27,7 +27,7 @@ from lorry.adapters.layout import ModelLayout
 from lorry.kernels.lora import SITES
 from lorry.kernels.nf4 import NF4Weight
 from lorry.server.model.config import ModelConfig
-from lorry.server.model.weights import HEAD, Checkpoint, LinearWeight
+from lorry.server.model.weights import HEAD, Checkpoint, CheckpointView, LinearWeight
 
 FINGERPRINT_NAME = "base_fingerprint.txt"  # in the folders that we write
 
@@ -35,25 +35,18 @@ _THREADS = 4
 _BACKLOG_BYTES = 256 << 20  # that wait for their hash before reading waits for it
 
 
-class Fingerprinting:
+class Fingerprinting(CheckpointView):
     """A checkpoint whose linears are hashed beside whatever else is done with them."""
 
     def __init__(self, source: Checkpoint) -> None:
-        self._source = source
+        super().__init__(source)
         self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "fingerprint")
         self._lines: dict[str, Future[str]] = {}
         self._backlog: deque[tuple[Future[str], int]] = deque()
         self._backlog_bytes = 0
 
-    @property
-    def config(self) -> ModelConfig:
-        return self._source.config
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._source.tensor(name, shape)
-
     def linear(self, module: str, shape: tuple[int, int]) -> LinearWeight:
-        weight = self._source.linear(module, shape)
+        weight = super().linear(module, shape)
         size = weight.nbytes if isinstance(weight, NF4Weight) else 0
         job = self._lines[module] = self._pool.submit(_line, module, weight)
         self._backlog.append((job, size))
@@ -63,9 +56,6 @@ class Fingerprinting:
             job.result()
             self._backlog_bytes -= size
         return weight
-
-    def close(self) -> None:
-        self._source.close()
 
     def fingerprint(self) -> str:
         """64 hexadecimal digits, once every linear has been read."""

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from lorry.kernels.nf4 import quantize
-from lorry.server.model.config import ModelConfig
-from lorry.server.model.weights import HEAD, Checkpoint, LinearWeight
+from lorry.server.model.weights import HEAD, Checkpoint, CheckpointView, LinearWeight
 
 
-class QuantizingCheckpoint:
+class QuantizingCheckpoint(CheckpointView):
     """`Checkpoint` whose linears (the output head excepted, as in bitsandbytes) are quantize(w): blocks of 64, double
     quantization, dequantizing to the dtype in which the weight was stored. At most one linear is in memory as float.
 
@@ -18,22 +17,12 @@ class QuantizingCheckpoint:
     """
 
     def __init__(self, source: Checkpoint, device: torch.device | str = "cpu", everywhere_alike: bool = False) -> None:
-        self._source = source
+        super().__init__(source)
         self._device = device
         self._tables_in = torch.float64 if everywhere_alike else torch.float32
 
-    @property
-    def config(self) -> ModelConfig:
-        return self._source.config
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._source.tensor(name, shape)
-
     def linear(self, module: str, shape: tuple[int, int]) -> LinearWeight:
-        weight = self._source.linear(module, shape)
+        weight = super().linear(module, shape)
         if module == HEAD or not isinstance(weight, Tensor):
             return weight
         return quantize(weight.to(self._device), tables_in=self._tables_in)
-
-    def close(self) -> None:
-        self._source.close()

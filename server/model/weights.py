@@ -39,6 +39,26 @@ class Checkpoint(Protocol):
         """Assert that every tensor was read, and let go of the files."""
 
 
+class CheckpointView:
+    """A `Checkpoint` that shows `source` as it is; whoever inherits changes how linears are read."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self._source = source
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._source.config
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._source.tensor(name, shape)
+
+    def linear(self, module: str, shape: tuple[int, int]) -> LinearWeight:
+        return self._source.linear(module, shape)
+
+    def close(self) -> None:
+        self._source.close()
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """One decoder layer; `linears` and `biases` are keyed by site."""
