@@ -35,7 +35,11 @@ _NICENESS = {"adapter-loader": 10, "adapter-loader-urgent": 0}
 
 
 def load_adapter(
-    place: Place, layout: ModelLayout, dtype: torch.dtype, base: BaseWeights, warn: Callable[[str], object] = str
+    place: Place,
+    layout: ModelLayout,
+    dtype: torch.dtype,
+    base: BaseWeights,
+    warn: Callable[[str], object] = lambda _: None,
 ) -> CanonicalAdapter:
     """Read and check one adapter folder; raises the AdapterError that says what is wrong with it.
 

@@ -218,8 +218,8 @@ def lora_add(
     In place; y holds y0. y: [M, sum of N]; x: [M, K], shared by all sites of one call: (q, k, v), (o,), (gate, up) or
     (down,). Rows of no segment and rows whose slots are all -1 stay untouched.
 
-    routes: on a GPU, what `fill_routes` made of these segments and pages; None: it is done here. Page offsets must be
-    multiples of 8 there. A CPU does not use them.
+    routes: on a GPU, what `fill_routes` made of these segments and pages; None: it is done here. A CPU does not use
+    them. Page offsets must be multiples of 8.
     """
     if dispatch.on_gpu(y):
         from lorry.kernels.triton import lora as gpu

@@ -25,8 +25,8 @@ from lorry.server.engine.staging import packed_bytes, upload
 from lorry.server.model.inputs import ModelInputs
 
 MOST_ADAPTERS = 8  # of a combo in a graph
-PAGE_BUCKETS = (1, 4, 16, 64, 128)  # that a step makes room for; the last: 8 adapters of rank 256
-GRAPH_PAGES = (0, 1, 4, 16)  # the largest: one adapter of rank 256
+PAGE_BUCKETS = (1, 4, 16, 64, 128)  # that a step makes room for; the last: 8 adapters of rank 256 without vectors
+GRAPH_PAGES = (0, 1, 4, 16)  # the largest: one adapter of rank 256 without vectors
 FIRST_BLOCKS = 64  # of the least bucket, 1024 tokens; attention's grid grows with the width of the table
 
 Compute = Callable[[ModelInputs, Output], object]
