@@ -21,6 +21,7 @@ from torch import Tensor
 from lorry.kernels import dispatch, native
 
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+END_SITES = ("embed_tokens", "lm_head")  # of the last layer of the tables, which is none of the decoder's
 PAGE_RANK = 16
 VECTORS = 1  # added to the offset of a vector page, which like all offsets is a multiple of 8
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
-from lorry.adapters.layout import MAX_RANK, Linear, ModelLayout
+from lorry.adapters.layout import ENDS, MAX_RANK, Linear, ModelLayout
 from lorry.adapters.reading.fields import FACTOR_INITS, refuse_beside_alora, refuse_unsupported
 from lorry.adapters.reading.matching import Matcher
 from lorry.adapters.reading.strict_json import parse_object
@@ -147,7 +147,8 @@ class AdapterSpec:
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
-                return ModelLayout.parse(path) is not None
+                linear = ModelLayout.parse(path)
+                return linear is not None and linear[0] != ENDS
             return self._matcher.names(self.target_modules, path, "target_modules")
         if path in self.target_modules:
             return True
