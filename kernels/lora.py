@@ -21,7 +21,7 @@ from torch import Tensor
 from lorry.kernels import dispatch, native
 
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-END_SITES = ("embed_tokens", "lm_head")  # of the last layer of the tables, which is none of the decoder's
+END_SITES = ("embed_tokens", "lm_head")
 PAGE_RANK = 16
 VECTORS = 1  # added to the offset of a vector page, which like all offsets is a multiple of 8
 
@@ -34,11 +34,13 @@ class AdapterPages:
     offsets: int64 [slots, layers, sites, max_pages], element offset of the page or -1; used pages come first, behind
     them the offset of a vector page + VECTORS: float32 [2, N], gain and shift, whatever the arena's dtype.
     scaling: float32 [slots, layers, sites], of the pages, not of the vectors.
+    ends: the same of `END_SITES`, one layer of two sites, over the same arena; None: no adapter can change these.
     """
 
     arena: Tensor
     offsets: Tensor
     scaling: Tensor
+    ends: AdapterPages | None = None
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.seed += 1
         new = adapter(self.seed, ranks)
         demand = self.pool.demand([new])
-        if not self.pool.ever_fits(demand, 1):
+        if not self.pool.ever_fits(demand):
             with pytest.raises(PoolTooSmall, match=str(new.nbytes)):
                 self.pool.insert(new)
             return
         before, idle = set(self.resident), self._idle()
         slot = self.pool.insert(new)
         if slot is None:
-            assert self.pool.enough(demand, 1, idle) is None
+            assert self.pool.enough(demand, idle) is None
             return
         gone = before - set(self.pool.least_recently_used())
         gone |= {slot} & before
