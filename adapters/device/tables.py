@@ -78,8 +78,12 @@ class SlotTables:
             for slot, rows in parts:
                 expected_offsets, expected_scaling = _tables(pages, rows[index])
                 assert torch.equal(offsets[slot], expected_offsets), f"the offsets of slot {slot} differ from the books"
-                assert torch.equal(scaling[slot], expected_scaling), f"the scaling of slot {slot} differs from the books"
-            assert bool((offsets[clear] == -1).all()) and not scaling[clear].any(), "a slot without an adapter has pages"
+                assert torch.equal(scaling[slot], expected_scaling), (
+                    f"the scaling of slot {slot} differs from the books"
+                )
+            assert bool((offsets[clear] == -1).all()) and not scaling[clear].any(), (
+                "a slot without an adapter has pages"
+            )
 
     def _write(self, pages: AdapterPages, slot: int, rows: Rows) -> bool:
         offsets, scaling = _tables(pages, rows)
