@@ -121,7 +121,7 @@ class Lease:
 
     @property
     def combo(self) -> Combo:
-        """(slot, weight) of each slot of each adapter; valid while the lease is pinned, slots may differ the next time."""
+        """(slot, weight) for each slot of each adapter; valid while the lease is pinned, later they may differ."""
         combo = []
         for part in self.parts:
             assert self.pinned and part.version.slot is not None

@@ -32,8 +32,8 @@ class _Slot:
     """Books of one slot. offsets: pages of each linear, the vector page of those in `vectors` the last; to_fill: pages
     still to be copied; used: tick of last use.
 
-    slots: all that it has. page_bound: most pages of a linear in the layers, end_bound: at the ends, 0: none. copied: an
-    event behind all copies so far. resident: it has passed when all were copied, and the tables are written.
+    slots: all that it has. page_bound: most pages of a linear in the layers, end_bound: at the ends, 0: none.
+    copied: an event behind all copies so far. resident: it has passed when all were copied, and the tables are written.
     """
 
     adapter: CanonicalAdapter  # its pages are dropped when they are there, if they can be read back
@@ -235,12 +235,12 @@ class PagePool:
         for linear, index in pages:
             self._holders[offsets[linear][index]] = slot, linear, index
         scaling = {key: linear.scaling for key, linear in adapter.linears.items()}
-        bounds = [
-            max((len(places) for (layer, _), places in offsets.items() if (layer == ENDS) is at_ends), default=0)
-            for at_ends in (False, True)
-        ]
+        in_layers, at_ends = (
+            max((len(places) for (layer, _), places in offsets.items() if (layer == ENDS) is ends), default=0)
+            for ends in (False, True)
+        )
         self._slots[slot] = _Slot(
-            adapter, offsets, vectors, scaling, demand, pages[::-1], slots, *bounds, used=next(self._ticks)
+            adapter, offsets, vectors, scaling, demand, pages[::-1], slots, in_layers, at_ends, next(self._ticks)
         )
         self.uploads.take_over()
         return slot

@@ -66,7 +66,7 @@ class SlotTables:
         self._with_ends.discard(slot)
 
     def check(self, books: Mapping[tuple[int, ...], Placed], free: Sequence[int]) -> None:
-        """Prove that the rows of each adapter's slots say what `books` say, and that those of `free` slots are clear."""
+        """Prove that each adapter's slots have what `books` say, and that those of `free` slots are clear."""
         clear = torch.tensor(free, dtype=torch.int64)
         parts = [
             (slot, _layers_and_ends(part))
