@@ -81,6 +81,10 @@ class ModelLayout:
         return int(match[1]), match[3]
 
     def max_weight_bytes(self) -> int:
-        """Bytes of the largest adapter file that can be served: rank 256, float32, every linear, and of each output two
-        numbers more: a bias, and a magnitude or a bias of B."""
-        return self.layers * 4 * sum(MAX_RANK * (k + n) + 2 * n for k, n in self.sites.values())
+        """Bytes of the largest adapter file that is read: rank 256, float32, every linear, and of each output two
+        numbers more: a bias, and a magnitude or a bias of B; and embedding and head whole, beside the base's own.
+
+        Matrices that an adapter has in place of a layer's own must find room in that.
+        """
+        shapes = [*self.sites.values()] * self.layers + [*self.ends.values()]
+        return 4 * sum([MAX_RANK * (k + n) + 2 * n for k, n in shapes] + [2 * k * n for k, n in self.ends.values()])

@@ -233,6 +233,14 @@ class Decoder:
         """The fused linears of all layers, first layer first."""
         return tuple(p for layer in self._layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
 
+    def embedding_rows(self, ids: Tensor) -> Tensor:
+        """float32 [n, H] in host memory, the embeddings of token ids [n]."""
+        return embed(ids.to(self.device), self._embedding, self._embedding.dtype).to("cpu", torch.float32, copy=True)
+
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """The same of the head's matrix."""
+        return self.embedding_rows(ids) if self._head is None else self._head.part(0)[0][ids]
+
     @property
     def bits_per_linear_weight(self) -> float:
         """8 * bytes held for the NF4 linears of the layers / their weights, tables included; 0 when there is none."""
