@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorry.kernels.lora import END_SITES, PAGE_RANK, SITES, vector_elements
+from lorry.kernels.lora import END_SITES, SITES, page_elements, vector_elements
 
 Linear = tuple[int, str]
 """One adapted linear: (layer, site); the layer of `END_SITES` is ENDS."""
@@ -56,9 +56,9 @@ class ModelLayout:
         """(K, N) of a site of a layer or of an end."""
         return self.sites[site] if site in self.sites else self.ends[site]
 
-    def page_elements(self, site: str) -> int:
-        """Elements of one rank page: A [16, K] and B [16, N]."""
-        return PAGE_RANK * sum(self.shape(site))
+    def page_elements(self, site: str, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Elements of one rank page: A [16, K] and B [16, N], in 8 bits scales too."""
+        return page_elements(*self.shape(site), dtype)
 
     def vector_elements(self, site: str, dtype: torch.dtype) -> int:
         """Elements of `dtype` of a vector page: gain [N] and shift [N] in float32."""

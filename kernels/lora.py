@@ -25,6 +25,9 @@ SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 END_SITES = ("embed_tokens", "lm_head")
 EMBEDDING, HEAD = range(2)  # their indices
 PAGE_RANK = 16
+BYTES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Types of 8-bit pages, and the largest number of each."""
+
 VECTORS = 1  # added to the offset of a vector page, which like all offsets is a multiple of 8
 
 
@@ -32,7 +35,8 @@ VECTORS = 1  # added to the offset of a vector page, which like all offsets is a
 class AdapterPages:
     """Resident tables, owned and filled by the adapter pool, read by the kernels.
 
-    arena: flat bfloat16, float16 or float32; a page is A [16, K] followed by B [16, N] at an element offset.
+    arena: flat bfloat16, float16, float32, or of BYTES; a page is A [16, K] followed by B [16, N] at an element offset,
+    in 8 bits with float32 [16] behind them: scales of the ranks, that of A and that of B in one.
     offsets: int64 [slots, layers, sites, max_pages], element offset of the page or -1; used pages come first, behind
     them the offset of a vector page + VECTORS: float32 [2, N], gain and shift, whatever the arena's dtype.
     scaling: float32 [slots, layers, sites], of the pages, not of the vectors.
@@ -219,16 +223,29 @@ def _add_reference(
                         gain, shift = vectors_at(pages.arena, offset, site.size)
                         y[rows, columns] += (weight * (gain * before[:, columns] + shift)).to(y.dtype)
                         continue
-                    middle = offset + PAGE_RANK * in_features
-                    a = pages.arena[offset:middle].view(PAGE_RANK, in_features)
-                    b = pages.arena[middle : middle + PAGE_RANK * site.size].view(PAGE_RANK, site.size)
-                    y[rows, columns] += ((shrunk(rows, a) * scale) @ b.float()).to(y.dtype)
+                    page = pages.arena[offset : offset + page_elements(in_features, site.size, pages.arena.dtype)]
+                    a, b, scales = page_parts(page, in_features, site.size)
+                    y[rows, columns] += ((shrunk(rows, a) * (scale * scales)) @ b.float()).to(y.dtype)
 
 
 def vectors_at(arena: Tensor, offset: int, size: int) -> Tensor:
     """gain and shift of a vector page, float32 [2, size]; offset: as in the table, VECTORS included."""
     start = offset - VECTORS
     return arena[start : start + vector_elements(size, arena.dtype)].view(torch.float32)[: 2 * size].view(2, size)
+
+
+def page_elements(in_features: int, out_features: int, dtype: torch.dtype) -> int:
+    """Elements of `dtype` of a rank page, in 8 bits its scales included."""
+    scales = PAGE_RANK * torch.float32.itemsize if dtype in BYTES else 0
+    return PAGE_RANK * (in_features + out_features) + scales
+
+
+def page_parts(page: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A [16, K] and B [16, N] as they are stored, and the scales of the ranks, float32 [16]; views but for ones."""
+    middle, end = PAGE_RANK * in_features, PAGE_RANK * (in_features + out_features)
+    a, b = page[:middle].view(PAGE_RANK, in_features), page[middle:end].view(PAGE_RANK, out_features)
+    scales = page[end:].view(torch.float32) if page.dtype in BYTES else torch.ones(PAGE_RANK, device=page.device)
+    return a, b, scales
 
 
 def vector_elements(size: int, dtype: torch.dtype) -> int:
@@ -301,7 +318,7 @@ def _arguments(pages: AdapterPages, layer: int, sites: tuple[Site, ...], segment
     first = layer * site_count
     return (
         pages.arena.data_ptr(),
-        native.ELEMENT_TYPES[pages.arena.dtype],
+        native.PAGE_TYPES[pages.arena.dtype],
         pages.offsets.data_ptr() + 8 * first * max_pages,
         pages.scaling.data_ptr() + 4 * first,
         layers * site_count,
@@ -328,7 +345,7 @@ def _fits(y: Tensor, pages: AdapterPages, segments: Segments) -> bool:
         y.dtype is torch.float32
         and y.is_cpu
         and y.stride()[1] == 1
-        and pages.arena.dtype in native.ELEMENT_TYPES
+        and pages.arena.dtype in native.PAGE_TYPES
         and pages.arena.is_contiguous()
         and pages.offsets.is_contiguous()
         and pages.scaling.is_contiguous()

@@ -72,13 +72,15 @@ class PagePool:
         self.max_slots = max_slots
         self._classes, rare = size_classes(layout, dtype)
         sites = (*layout.sites, *layout.ends)
-        self._kind = {site: self._classes.index(layout.page_elements(site)) for site in sites}
+        self._kind = {site: self._classes.index(layout.page_elements(site, dtype)) for site in sites}
         self._vector_kind = {site: self._classes.index(layout.vector_elements(site, dtype)) for site in sites}
         self._slabs = SlabAllocator(self._classes, capacity_bytes // dtype.itemsize, rare)
         arena = torch.empty(self._slabs.slabs * self._slabs.slab_elements, dtype=dtype, device=device)
         self.uploads = uploads or uploads_to(arena.device, max(self._classes, default=0) * dtype.itemsize)
         self._tables = SlotTables(arena, max_slots, layout.layers, self.uploads)
-        self._mean_page = sum(map(layout.page_elements, layout.sites)) / len(layout.sites) * dtype.itemsize
+        self._mean_page = (
+            sum(layout.page_elements(site, dtype) for site in layout.sites) / len(layout.sites) * dtype.itemsize
+        )
         self._slots: dict[int, _Slot] = {}
         self._free_slots = list(reversed(range(max_slots)))
         self._holders: dict[int, tuple[int, Linear, int]] = {}  # offset → (slot, linear, index in its list)
@@ -302,7 +304,7 @@ class PagePool:
         if linear in books.vectors:
             *places, last = places
             vectors = vectors_at(arena, last + VECTORS, self.layout.shape(linear[1])[1]).clone()
-        size = self.layout.page_elements(linear[1])
+        size = self.layout.page_elements(linear[1], self.dtype)
         pages = arena.new_empty(len(places), size)
         for page, offset in zip(pages, places, strict=True):
             page.copy_(arena[offset : offset + size])
@@ -387,7 +389,7 @@ def size_classes(layout: ModelLayout, dtype: torch.dtype) -> tuple[list[int], li
     """Elements of all pages that there can be, each size once and sorted; those of them that only the ends have."""
     sizes, common = set[int](), set[int]()
     for site in (*layout.sites, *layout.ends):
-        own = {layout.page_elements(site), layout.vector_elements(site, dtype)}
+        own = {layout.page_elements(site, dtype), layout.vector_elements(site, dtype)}
         sizes |= own
         common |= own if site in layout.sites else set()
     return sorted(sizes), sorted(sizes - common)

@@ -1,9 +1,9 @@
 /* y += sum over adapters of a segment of weight * (gain y + shift) + scale * (sum over their rank pages of (x A^T) B).
  *
- * A page is A [16][K] followed by B [16][N], a vector page gain [N] and shift [N] in float32. First all shrink products
- * u = x A^T of the batch, then, after one barrier, all expansions; both are cut so that every core has work when one
- * segment holds all rows. An output's chain runs over vectors, adapters, pages and ranks in their order, so its bits
- * depend on its row only.
+ * A page is A [16][K] followed by B [16][N], and of 8-bit numbers by the ranks' scales in float32; a vector page is gain
+ * [N] and shift [N] in float32. First all shrink products u = x A^T of the batch, then, after one barrier, all
+ * expansions; both are cut so that every core has work when one segment holds all rows. An output's chain runs over
+ * vectors, adapters, pages and ranks in their order, so its bits depend on its row only.
  */
 #include "kernels.h"
 
@@ -25,6 +25,7 @@ struct page {
     const int64_t *ids; /* [rows], each stands for the vector that is one there and else zero */
     float *u; /* [rows][RANK], scaled */
     float scale;
+    const float *scales; /* of the ranks; NULL: ones */
     int64_t rows;
 };
 
@@ -38,6 +39,10 @@ struct vectors {
 struct target {
     int64_t first_vectors, last_vectors, first, last, row, rows, column, size;
 };
+
+INLINE float scale_of(const enum elem type, const struct page *p, int rank) {
+    return elem_size(type) == 1 ? p->scale * p->scales[rank] : p->scale;
+}
 
 INLINE void shrink(const enum elem type, const struct page *p, int64_t k_count, int64_t ldx, int rank, int64_t row,
                    const int rows) {
@@ -63,13 +68,14 @@ INLINE void shrink(const enum elem type, const struct page *p, int64_t k_count, 
                 acc[m][r] = vf_fma(a, vf_load_some(F32, x + m * ldx + k, (int)(k_count - k)), acc[m][r]);
         }
     for (int m = 0; m < rows; m++)
-        for (int r = 0; r < RANKS_AT_ONCE; r++) p->u[(row + m) * RANK + rank + r] = vf_sum(acc[m][r]) * p->scale;
+        for (int r = 0; r < RANKS_AT_ONCE; r++)
+            p->u[(row + m) * RANK + rank + r] = vf_sum(acc[m][r]) * scale_of(type, p, rank + r);
 }
 
 INLINE void gather(const enum elem type, const struct page *p, int64_t k_count, int rank) {
     for (int64_t row = 0; row < p->rows; row++)
         for (int r = rank; r < rank + RANKS_AT_ONCE; r++)
-            p->u[row * RANK + r] = elem_load(type, p->a, r * k_count + p->ids[row]) * p->scale;
+            p->u[row * RANK + r] = elem_load(type, p->a, r * k_count + p->ids[row]) * scale_of(type, p, r);
 }
 
 INLINE void shrink_all(const enum elem type, const struct page *p, int64_t k_count, int64_t ldx, int rank) {
@@ -168,6 +174,8 @@ static void shrink_typed(int64_t type, const struct page *p, int64_t k_count, in
     switch (type) {
         case BF16: shrink_all(BF16, p, k_count, ldx, rank); break;
         case F16: shrink_all(F16, p, k_count, ldx, rank); break;
+        case E4M3: shrink_all(E4M3, p, k_count, ldx, rank); break;
+        case I8: shrink_all(I8, p, k_count, ldx, rank); break;
         default: shrink_all(F32, p, k_count, ldx, rank);
     }
 }
@@ -177,6 +185,8 @@ static void expand_typed(int64_t type, const struct page *pages, const struct ta
     switch (type) {
         case BF16: expand_all(BF16, pages, t, from, to, y, ldy); break;
         case F16: expand_all(F16, pages, t, from, to, y, ldy); break;
+        case E4M3: expand_all(E4M3, pages, t, from, to, y, ldy); break;
+        case I8: expand_all(I8, pages, t, from, to, y, ldy); break;
         default: expand_all(F32, pages, t, from, to, y, ldy);
     }
 }
@@ -265,6 +275,7 @@ static int add(float *y, int64_t ldy, const float *x, int64_t ldx, const int64_t
                                                               ids ? ids + row : NULL,
                                                               u + u_count,
                                                               weight * scaling[at],
+                                                              elem_at((enum elem)type, start, RANK * (k_count + size)),
                                                               rows};
                             cost += RANK * (k_count + size) / 8 * MAX(rows, 4) / 4;
                         }
