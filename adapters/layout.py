@@ -20,6 +20,16 @@ ENDS = -1
 
 MAX_RANK = 256
 
+PAGE_DTYPES = {
+    "auto": torch.bfloat16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+"""Of rank pages, by the names that a configuration has."""
+
 _BLOCK = {site: "mlp" if site in ("gate_proj", "up_proj", "down_proj") else "self_attn" for site in SITES}
 _END_PATHS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 _PATH = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(self_attn|mlp)\.([a-z]+_proj)")

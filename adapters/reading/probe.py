@@ -28,6 +28,7 @@ from lorry.kernels.lora import END_SITES, SITES, Segments, Site, lora_add, lora_
 
 ROWS = 5
 MOST_LINEARS = 5
+ROUNDING = {torch.int8: 2e-2, torch.float8_e4m3fn: 7e-2}  # RMS error of 8-bit pages, twice what adapters have shown
 REFERENCED = frozenset(
     {"lora", "rslora", "dora", "bias", "lora_bias", "qalora", "alora", "modules_to_save", "trainable_tokens"}
 )
@@ -91,7 +92,7 @@ def probe(
     rms = float(theirs.square().mean().sqrt()) or 1.0
     max_error = _finite(float((ours - theirs).abs().max()) / largest)
     rms_error = _finite(float((ours - theirs).square().mean().sqrt()) / rms)
-    bound = max(torch.finfo(pool.dtype).eps, 1e-5)
+    bound = ROUNDING.get(pool.dtype) or max(torch.finfo(pool.dtype).eps, 1e-5)
     within = max_error <= 4 * bound and rms_error <= bound
     return Probe(tuple(layout.module_path(*linear) for linear in chosen), max_error, rms_error, within)
 

@@ -56,7 +56,7 @@ def unpacked(codes, dtype: tl.constexpr):
     if codes.dtype == tl.uint8:
         return e4m3_value(codes.to(tl.int32)).to(dtype)
     else:
-        return codes.to(dtype)
+        return codes.to(tl.float32).to(dtype)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorry.adapters.layout import ENDS, Linear
+from lorry.adapters.layout import ENDS, PAGE_DTYPES, Linear
 from lorry.adapters.reading.files import Place
 from lorry.adapters.reading.report import Report as Report
 from lorry.adapters.reading.report import report_on
@@ -32,9 +32,9 @@ class AdapterCheck:
         self._config = read_config(self._folder)[0]
         self.layout = replace(layout_of(self._config), base=Path(model).name)
 
-    def report(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Report:
-        """What becomes of an adapter folder, whose links may lead anywhere; dtype: of its pages."""
-        return report_on(Place(folder, (Path("/"),)), self.layout, dtype, self, lambda: self.fingerprint)
+    def report(self, folder: Path, dtype: str = "auto") -> Report:
+        """What becomes of an adapter folder, whose links may lead anywhere; dtype: of its pages, as `PAGE_DTYPES`."""
+        return report_on(Place(folder, (Path("/"),)), self.layout, PAGE_DTYPES[dtype], self, lambda: self.fingerprint)
 
     @cached_property
     def fingerprint(self) -> str:

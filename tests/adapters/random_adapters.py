@@ -12,7 +12,7 @@ from lorry.adapters.canonical import CanonicalAdapter, CanonicalLinear, page_cou
 from lorry.adapters.device.pool import PagePool
 from lorry.adapters.device.tables import LENGTH
 from lorry.adapters.layout import ENDS, Linear, ModelLayout
-from lorry.kernels.lora import END_SITES, SITES, VECTORS, AdapterPages
+from lorry.kernels.lora import BYTES, END_SITES, SITES, VECTORS, AdapterPages
 
 LAYOUT = ModelLayout(
     layers=2,
@@ -33,8 +33,8 @@ def adapter(
     generator = torch.Generator().manual_seed(seed)
     linears = {}
     for linear, rank in ranks.items():
-        shape = page_count(rank), layout.page_elements(linear[1])
-        pages = torch.randn(shape, generator=generator).to(dtype)
+        shape = page_count(rank), layout.page_elements(linear[1], dtype)
+        pages = (torch.randn(shape, generator=generator) * (20 if dtype in BYTES else 1)).to(dtype)
         has_vectors = rank in (0, 15, 272)
         vectors = torch.randn(2, layout.shape(linear[1])[1], generator=generator) if has_vectors else None
         linears[linear] = CanonicalLinear(pages, seed + 0.5, vectors)

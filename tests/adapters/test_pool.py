@@ -220,7 +220,7 @@ def test_pages_of_a_large_head_fit_where_slabs_are_large_enough() -> None:
     assert None not in slots and large.end_bound(slots) == 3 and large.page_bound(slots) == 5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn])
 def test_a_pool_that_just_holds_one(dtype: torch.dtype) -> None:
     one = adapter(1, {(0, "down_proj"): 16}, dtype)
     pool = PagePool(LAYOUT, one.nbytes, dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorry.adapters.canonical import to_pages
 from lorry.kernels.lora import (
     EMBEDDING,
     SITES,
@@ -56,16 +57,22 @@ def pool(k: int, sizes: dict[str, int], dtype: torch.dtype) -> AdapterPages:
                     padded_a, padded_b = torch.zeros(16, k), torch.zeros(16, n)
                     part = slice(16 * page, min(rank_here, 16 * page + 16))
                     padded_a[: part.stop - part.start], padded_b[: part.stop - part.start] = a[part], b[part]
-                    own.append((torch.cat([padded_a.flatten(), padded_b.flatten()]).to(dtype), 0))
+                    own.append((to_pages(padded_a, padded_b.T, dtype)[0], 0))
                 if slot in (1, 5, 6):
-                    vectors = torch.full((vector_elements(n, dtype),), float("nan"), dtype=dtype)
+                    vectors = poison(vector_elements(n, dtype), dtype)
                     vectors.view(torch.float32)[: 2 * n] = torch.randn(2 * n)
                     own.append((vectors, VECTORS))
                 for index, (page, flag) in enumerate(own):
                     offsets[slot, layer, SITES.index(name), index] = end + flag
-                    pieces += [page, torch.full((16,), float("nan"), dtype=dtype)]
+                    pieces += [page, poison(16, dtype)]
                     end += page.numel() + 16
-    return AdapterPages(torch.cat(pieces), offsets, torch.rand(len(RANKS), LAYERS, len(SITES)) + 0.5)
+    arena = torch.cat([piece.view(torch.uint8) for piece in pieces]).view(dtype)
+    return AdapterPages(arena, offsets, torch.rand(len(RANKS), LAYERS, len(SITES)) + 0.5)
+
+
+def poison(size: int, dtype: torch.dtype) -> Tensor:
+    """What nobody may read: NaN, where the type has it."""
+    return torch.full((size,), 127 if dtype is torch.int8 else float("nan"), dtype=dtype)
 
 
 def segments(rows: list[tuple[tuple[int, int], tuple[float, float]]]) -> Segments:
@@ -96,6 +103,8 @@ def sites_of(sizes: dict[str, int], gap: int) -> tuple[tuple[Site, ...], int]:
         (95, {"q_proj": 33, "k_proj": 17, "v_proj": 9}, torch.float32),
         (64, {"gate_proj": 80, "up_proj": 80}, torch.bfloat16),
         (577, {"down_proj": 1031}, torch.float16),
+        (95, {"q_proj": 33, "k_proj": 17, "v_proj": 9}, torch.int8),
+        (577, {"down_proj": 1031}, torch.float8_e4m3fn),
     ],
 )
 def test_equals_the_reference_and_its_solo_row(
@@ -120,7 +129,7 @@ def test_equals_the_reference_and_its_solo_row(
 
 
 @pytest.mark.parametrize("popularity", POPULARITY)
-@pytest.mark.parametrize(("vocabulary", "hidden", "dtype"), [(211, 33, torch.float32), (97, 80, torch.bfloat16)])
+@pytest.mark.parametrize(("vocabulary", "hidden", "dtype"), [(211, 33, torch.float32), (97, 80, torch.int8)])
 def test_embeddings_are_products_with_one_hot_vectors(
     popularity: str, vocabulary: int, hidden: int, dtype: torch.dtype, relative_rms: Measure
 ) -> None:

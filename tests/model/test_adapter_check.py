@@ -80,7 +80,7 @@ def lora(adapters: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ENDS)
 def test_the_ends_are_probed(adapters: Path, base: AdapterCheck, name: str) -> None:
-    report = base.report(adapters / name, torch.float32)
+    report = base.report(adapters / name, "float32")
     assert report.error is None and report.probe is not None
     assert {"model.embed_tokens", "lm_head"} <= set(report.probe.linears)
     assert report.probe.rms_error < 1e-5 and report.modules["lm_head"] == report.modules["embed_tokens"] == [-1]
@@ -90,10 +90,13 @@ def test_the_ends_are_probed(adapters: Path, base: AdapterCheck, name: str) -> N
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_probe_agrees_with_the_files(adapters: Path, base: AdapterCheck, name: str) -> None:
-    report = base.report(adapters / name, torch.float32)
+    report = base.report(adapters / name, "float32")
     assert report.error is None and report.probe is not None
     assert name in report.methods
     assert report.probe.rms_error < 1e-5 and len(report.probe.linears) == 5
+    for dtype, least in {"int8": 1e-3, "fp8": 1e-2}.items():
+        narrow = base.report(adapters / name, dtype)
+        assert narrow.error is None and narrow.probe is not None and least < narrow.probe.rms_error < 7e-2
     rounded = base.report(adapters / name).probe
     assert rounded is not None and rounded.within and rounded.rms_error > report.probe.rms_error
 
