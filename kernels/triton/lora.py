@@ -161,11 +161,9 @@ def _rank_scales(arena, eighth, ranks, size, in_features):
 @triton.jit
 def _add_product(acc, hidden, page_b, arena_dtype: tl.constexpr):
     """acc + hidden @ page_b; hidden float32, page_b of `arena_dtype`."""
+    dtype: tl.constexpr = tl.bfloat16 if arena_dtype.primitive_bitwidth == 8 else arena_dtype
     if arena_dtype.primitive_bitwidth == 8:
-        dtype: tl.constexpr = tl.bfloat16
         page_b = unpacked(page_b, dtype)
-    else:
-        dtype: tl.constexpr = arena_dtype
     if dtype == tl.float32:
         acc = dot(hidden, page_b, acc)
     else:
