@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import safetensors.torch
@@ -41,7 +41,11 @@ class Probe:
 
 
 def probe(
-    adapter: CanonicalAdapter, config: Mapping[str, object], weights: bytes, layout: ModelLayout, base: BaseWeights
+    adapter: CanonicalAdapter,
+    config: Mapping[str, object],
+    weights: Sequence[bytes],
+    layout: ModelLayout,
+    base: BaseWeights,
 ) -> Probe | None:
     """The probe of an adapter that was loaded from these contents; None for methods that are not REFERENCED.
 
@@ -49,7 +53,7 @@ def probe(
     """
     if not REFERENCED.issuperset(adapter.methods) or not adapter.linears:
         return None
-    tensors = safetensors.torch.load(weights)
+    tensors = {name: tensor for part in weights for name, tensor in safetensors.torch.load(part).items()}
     every = sorted(adapter.linears, key=lambda linear: (linear[0], SITES.index(linear[1])))
     stride = max(1, (len(every) - 1) / (MOST_LINEARS - 1))
     chosen = list(dict.fromkeys(every[round(step * stride)] for step in range(min(MOST_LINEARS, len(every)))))
