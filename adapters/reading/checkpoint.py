@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lorry.adapters.errors import MalformedAdapter, WrongBase
 from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.reading.names import kind_of, unwrapped
 from lorry.adapters.reading.spec import AdapterSpec
 from lorry.adapters.reading.tensor_file import is_finite
 
@@ -107,10 +108,10 @@ def _unmeant(part: str, meant: bool) -> str:
 
 
 def _parse(name: str, layout: ModelLayout, spec: AdapterSpec) -> tuple[Linear, str]:
-    match = _KEY.fullmatch(name)
+    match = _KEY.fullmatch(unwrapped(name))
     linear = layout.parse(match["path"]) if match else None
     if match is None or linear is None or linear[1] not in layout.sites:
-        raise MalformedAdapter(f"no rule uses the tensor {name[:200]!r}", name[:200])
+        raise MalformedAdapter(f"no rule uses the tensor {name[:200]!r}{kind_of(name)}", name[:200])
     if linear[0] >= layout.layers:
         raise WrongBase(
             f"{name} is of layer {linear[0]}, this base has {layout.layers} layers{_trained_on(spec)}", name

@@ -23,6 +23,7 @@ from lorry.adapters.errors import PoolTooSmall
 from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.reading.base import BaseWeights
 from lorry.adapters.reading.matching import Matcher
+from lorry.adapters.reading.names import unwrapped
 from lorry.kernels.lora import SITES, Segments, Site, lora_add
 
 ROWS = 5
@@ -53,7 +54,7 @@ def probe(
     """
     if not REFERENCED.issuperset(adapter.methods) or not adapter.linears:
         return None
-    tensors = {name: tensor for part in weights for name, tensor in safetensors.torch.load(part).items()}
+    tensors = {unwrapped(name): tensor for part in weights for name, tensor in safetensors.torch.load(part).items()}
     every = sorted(adapter.linears, key=lambda linear: (linear[0], SITES.index(linear[1])))
     stride = max(1, (len(every) - 1) / (MOST_LINEARS - 1))
     chosen = list(dict.fromkeys(every[round(step * stride)] for step in range(min(MOST_LINEARS, len(every)))))
