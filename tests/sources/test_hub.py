@@ -21,7 +21,7 @@ from lorry.server.sources.fetch import fetch, reason
 from lorry.server.sources.store import FILES
 
 REVISION = files.revision_of(((FILES[0], CONFIG), (FILES[1], WEIGHTS)))
-COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+COMMITS = {"main": "a" * 40, "v1": "b" * 40, "refs%2Fpr%2F3": "e" * 40}
 
 
 class Hub:
@@ -94,7 +94,12 @@ def downloads(hub: Hub) -> list[str]:
 
 @pytest.mark.parametrize(
     ("address", "commit"),
-    [("hf://org/name", "main"), ("hf://org/name@v1", "v1"), ("hf://org/name@v1/sub", "v1")],
+    [
+        ("hf://org/name", "main"),
+        ("hf://org/name@v1", "v1"),
+        ("hf://org/name@v1/sub", "v1"),
+        ("hf://org/name@refs/pr/3", "refs%2Fpr%2F3"),
+    ],
 )
 def test_a_repository(hub: Hub, job: Any, tmp_path: Path, address: str, commit: str) -> None:
     assert fetch(job(address)) == fetch(job(address)) == REVISION
@@ -132,6 +137,26 @@ def test_too_large(hub: Hub, job: Any) -> None:
     with pytest.raises(MalformedAdapter, match="at most 326551"):
         fetch(job("hf://org/name"))
     assert downloads(hub) == []
+
+
+def test_the_token_is_sent_and_a_gated_repository_says_so(hub: Hub, job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens: set[str | None] = set()
+    answer = hub.site.spoil
+
+    def guarded(handler: Any, path: str, offset: int) -> bool:
+        tokens.add(handler.headers.get("Authorization"))
+        if handler.headers.get("Authorization") == "Bearer hf_mine":
+            return answer(handler, path, offset)
+        handler.answer(403, b"", X_Error_Code="GatedRepo")
+        return True
+
+    hub.site.spoil = guarded
+    with pytest.raises(PathRefused, match=r"the repository is gated: .* HF_TOKEN"):
+        fetch(job("hf://org/name"))
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    tokens.clear()
+    assert fetch(job("hf://org/name")) == REVISION
+    assert tokens == {"Bearer hf_mine"}
 
 
 def test_no_name_of_a_repository(hub: Hub, job: Any) -> None:
