@@ -12,7 +12,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import LlamaForCausalLM
 
 from lorry.adapters.activation import activation
@@ -48,7 +48,7 @@ def prompt(length: int, starts: tuple[int, ...] = (), seed: int = 0, invoked: tu
 
 
 @pytest.fixture(scope="module")
-def peft(model_folder: Path) -> PeftModel:
+def peft(model_folder: Path, random_peft: Any) -> PeftModel:
     """The tiny Llama with its linears rounded to NF4 and the adapters of INVOKED, which change its tokens."""
     model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     with torch.no_grad():
@@ -56,9 +56,8 @@ def peft(model_folder: Path) -> PeftModel:
             if name.split(".")[-1] in SITES:
                 flat, state = bnb.quantize_4bit(module.weight.reshape(-1), quant_type="nf4", compress_statistics=True)
                 module.weight.copy_(bnb.dequantize_4bit(flat, state).view(module.weight.shape))
-    found: Any = None
-    for rank, (name, tokens) in enumerate(INVOKED.items(), 5):
-        config = LoraConfig(
+    configs = {
+        name: LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
             target_modules=list(SITES) if rank % 2 else ["q_proj", "v_proj", "down_proj"],
@@ -66,17 +65,9 @@ def peft(model_folder: Path) -> PeftModel:
             alora_invocation_tokens=None if tokens is None else list(tokens),
             task_type="CAUSAL_LM",
         )
-        if found is None:
-            found = get_peft_model(model, config, adapter_name=name)
-        else:
-            found.add_adapter(name, config)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in found.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0, 0.2)
-    found.eval()
-    return found
+        for rank, (name, tokens) in enumerate(INVOKED.items(), 5)
+    }
+    return random_peft(model, configs, 0.2)
 
 
 @pytest.fixture(scope="module")
