@@ -27,7 +27,6 @@ from lorry.adapters.reading.checkpoint import read_linears
 from lorry.adapters.reading.files import Place, read_adapter
 from lorry.adapters.reading.identity import check_base
 from lorry.adapters.reading.spec import AdapterSpec
-from lorry.adapters.reading.tensor_file import parse_tensors
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +46,9 @@ def load_adapter(
     """
     files = read_adapter(place, layout.max_weight_bytes())
     spec = AdapterSpec.from_bytes(bytes(files.config))
-    if doubt := check_base(files.header.metadata, spec.base, layout):
+    if doubt := check_base(files.metadata, spec.base, layout):
         warn(doubt)
-    linears = read_linears(parse_tensors(files.weights, files.header), spec, layout)
+    linears = read_linears(files.tensors(), spec, layout)
     return canonicalise(linears, spec, layout, base, dtype, files.revision)
 
 

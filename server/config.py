@@ -62,6 +62,9 @@ class EngineConfig:
     adapter_sources: tuple[str, ...] = ()
     """Prefixes below which LoadAdapter may fetch adapters: hf://, s3://, gs:// or https:// with an organisation, bucket
     or host, and what follows it; none: nothing is fetched (docs/sources.md)."""
+    adapter_cache_size: int | None = None
+    """Most bytes on disk for fetched adapters; those used longest ago go first, none that a server has loaded or that
+    was used in the last ten minutes; None: any number (docs/sources.md)."""
     allow_base_mismatch: bool = False
     """Serve adapters that name another base's fingerprint, with a warning; off: they are refused."""
     max_running: int = 64

@@ -8,7 +8,9 @@ settles: as in the engine's process, or beside another process the steps of a ti
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,28 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fragments, "on_device", classmethod(lambda cls, parts, bias: cls(parts, bias)))
     monkeypatch.setattr(kv_cache, "empty_caches", caches)
     monkeypatch.setattr(Layers, "serve", staticmethod(lambda *_: False))
+
+
+@pytest.fixture(scope="session")
+def random_peft() -> Callable[..., Any]:
+    """random_peft(model, {adapter: LoraConfig}, deviation): a PeftModel with normal A and B."""
+    from peft import get_peft_model
+
+    def make(model: Any, configs: Mapping[str, Any], deviation: float) -> Any:
+        peft: Any = None
+        for adapter, config in configs.items():
+            if peft is None:
+                peft = get_peft_model(model, config, adapter_name=adapter)
+            else:
+                peft.add_adapter(adapter, config)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in peft.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(0, deviation)
+        return peft.eval()
+
+    return make
 
 
 @pytest.fixture(scope="session")

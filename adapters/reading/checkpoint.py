@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lorry.adapters.errors import MalformedAdapter, WrongBase
 from lorry.adapters.layout import ENDS, Linear, ModelLayout
+from lorry.adapters.reading.names import kind_of, unwrapped
 from lorry.adapters.reading.spec import AdapterSpec
 from lorry.adapters.reading.targets import EMBEDDING, HEAD, Targets, targets_of
 from lorry.adapters.reading.tensor_file import is_finite
@@ -171,13 +172,13 @@ def _tie(found: dict[Linear, Parts]) -> None:
 
 
 def _parse(name: str, layout: ModelLayout, spec: AdapterSpec) -> tuple[Linear, str]:
-    match = _KEY.fullmatch(name)
+    match = _KEY.fullmatch(unwrapped(name))
     linear = layout.parse(match["path"]) if match else None
     part = str(match.lastgroup) if match else ""
     if linear == EMBEDDING:
         part = {"embedding_a": "a", "embedding_b": "b", "a": "", "b": "", "b_bias": ""}.get(part, part)
     if linear is None or part in ("", "embedding_a", "embedding_b") or linear[1] not in layout.sites | layout.ends:
-        raise MalformedAdapter(f"no rule uses the tensor {name[:200]!r}", name[:200])
+        raise MalformedAdapter(f"no rule uses the tensor {name[:200]!r}{kind_of(name)}", name[:200])
     if linear[0] >= layout.layers:
         raise WrongBase(
             f"{name} is of layer {linear[0]}, this base has {layout.layers} layers{_trained_on(spec)}", name

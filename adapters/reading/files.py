@@ -1,15 +1,17 @@
-"""The two files of an adapter folder, read once and whole, and the revision that their content has.
+"""The files of an adapter folder, read once and whole, and the revision that their content has.
+
+    adapter_config.json and adapter_model.safetensors, or in its place an index and the shards that it names
 
     revision = SHA-256 over, for each file in order of name: len(name) · name · len(content) · content
 
 with lengths as 8 bytes little-endian. What is parsed is what was hashed. The weights' header is checked against the
-file's size before memory is taken for the rest, so that a file which only claims to be large costs nothing.
+file's size, and a shard's against the index, before memory is taken for the rest, so that a file which only claims to
+be large costs nothing. All files of weights together may be as large as one alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,11 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from lorry.adapters.errors import AdapterError, MalformedAdapter, PathRefused
+from torch import Tensor
+
+from lorry.adapters.errors import MalformedAdapter, PathRefused
+from lorry.adapters.reading import listing
+from lorry.adapters.reading.shards import INDEX_NAME, MAX_INDEX_BYTES, ShardIndex, is_shard
 from lorry.adapters.reading.spec import CONFIG_NAME, MAX_CONFIG_BYTES
 from lorry.adapters.reading.tensor_file import (
     MAX_HEADER_BYTES,
@@ -27,10 +33,8 @@ from lorry.adapters.reading.tensor_file import (
     Header,
     header_bytes,
     parse_header,
+    parse_tensors,
 )
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_ENTRIES_SEEN = 1000  # of a folder without weights, to say what is there instead
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,27 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
+class Weights:
+    """One file of tensors: its content and what its header says."""
+
+    content: bytearray
+    header: Header
+
+
+@dataclass(frozen=True, eq=False)
 class AdapterFiles:
-    """Contents of the two files, what the weights' header says, and the revision."""
+    """What was read: the config, the weights (shards in order of their numbers), the shards' metadata together, and the
+    revision."""
 
     config: bytearray
-    weights: bytearray
-    header: Header
+    weights: tuple[Weights, ...]
+    metadata: dict[str, str]
     revision: str
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; they share the memory of the contents."""
+        parts = (parse_tensors(part.content, part.header) for part in self.weights)
+        return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def revision_of(files: Sequence[tuple[str, bytes | bytearray]]) -> str:
@@ -77,31 +95,66 @@ def below(path: Path, roots: Sequence[Path]) -> bool:
 
 
 def read_adapter(place: Place, max_weight_bytes: int) -> AdapterFiles:
-    """Read both files; raises MalformedAdapter for missing, too large and changing ones, PathRefused for strays."""
+    """Read all files; raises MalformedAdapter for missing, too large and changing ones, PathRefused for strays."""
+    contents: dict[str, bytearray] = {}
+    statuses: dict[str, os.stat_result] = {}
     try:
-        with _opened(place, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, config_status):
-            config = _fill(file, bytearray(), config_status.st_size, CONFIG_NAME)
+        contents[CONFIG_NAME], statuses[CONFIG_NAME] = _read(place, CONFIG_NAME, MAX_CONFIG_BYTES)
     except FileNotFoundError:
-        raise MalformedAdapter(f"the folder has no {CONFIG_NAME}", CONFIG_NAME) from None
-    try:
-        with _opened(place, WEIGHTS_NAME, max_weight_bytes + MAX_HEADER_BYTES) as (file, weights_status):
-            header, weights = _read_weights(file, weights_status.st_size)
-    except FileNotFoundError:
-        raise _no_weights(place) from None
-    for name, status in ((CONFIG_NAME, config_status), (WEIGHTS_NAME, weights_status)):
+        raise listing.no_config(place.folder) from None
+    expected: dict[str, frozenset[str] | None] = {WEIGHTS_NAME: None}  # and the tensors of each, where an index says so
+    metadata: dict[str, str] = {}
+    names = listing.weight_names(place.folder)
+    if INDEX_NAME in names:
+        contents[INDEX_NAME], statuses[INDEX_NAME] = _read(place, INDEX_NAME, MAX_INDEX_BYTES)
+        index = ShardIndex.from_bytes(bytes(contents[INDEX_NAME]))
+        expected, metadata = dict(index.shards), index.metadata
+    for name in names:
+        if name not in expected and (name == WEIGHTS_NAME or (is_shard(name) and expected.keys() & names)):
+            raise MalformedAdapter(f"the folder has {name} besides {next(iter(expected))}: which is meant?", name)
+    left = max_weight_bytes + MAX_HEADER_BYTES
+    weights = {}
+    for name, tensors in expected.items():
+        try:
+            with _opened(place, name, left) as (file, statuses[name]):
+                weights[name] = _read_weights(file, statuses[name].st_size, name, tensors)
+        except FileNotFoundError:
+            raise listing.no_weights(place.folder, name) from None
+        left -= statuses[name].st_size
+    for name, status in statuses.items():
         if _state(os.stat(place.folder / name)) != _state(status):
             raise _changed(name)
-    revision = revision_of(((CONFIG_NAME, config), (WEIGHTS_NAME, weights)))
+    revision = revision_of([*contents.items(), *((name, part.content) for name, part in weights.items())])
     if place.revision not in ("", revision):
         raise MalformedAdapter("what was fetched of the adapter is damaged by now: load it again, with replace")
-    return AdapterFiles(config, weights, header, revision)
+    return AdapterFiles(contents[CONFIG_NAME], tuple(weights.values()), _metadata(metadata, weights), revision)
 
 
-def _read_weights(file: FileIO, size: int) -> tuple[Header, bytearray]:
-    head = _fill(file, bytearray(), min(size, PREFIX_BYTES), WEIGHTS_NAME)
-    head = _fill(file, head, PREFIX_BYTES + header_bytes(bytes(head), size), WEIGHTS_NAME)
-    header = parse_header(bytes(head), size)
-    return header, _fill(file, head, size, WEIGHTS_NAME)
+def _read(place: Place, name: str, max_bytes: int) -> tuple[bytearray, os.stat_result]:
+    with _opened(place, name, max_bytes) as (file, status):
+        return _fill(file, bytearray(), status.st_size, name), status
+
+
+def _read_weights(file: FileIO, size: int, name: str, expected: frozenset[str] | None) -> Weights:
+    head = _fill(file, bytearray(), min(size, PREFIX_BYTES), name)
+    head = _fill(file, head, PREFIX_BYTES + header_bytes(bytes(head), size, name), name)
+    header = parse_header(bytes(head), size, name)
+    if expected is not None and (odd := expected ^ header.tensors.keys()):
+        tensor = min(odd)
+        where = f"is not in {name}" if tensor in expected else f"is in {name}"
+        told = "where" if tensor in expected else "which is not where"
+        raise MalformedAdapter(f"{tensor[:200]!r} {where}, {told} {INDEX_NAME} says it is", tensor[:200])
+    return Weights(_fill(file, head, size, name), header)
+
+
+def _metadata(of_index: dict[str, str], weights: dict[str, Weights]) -> dict[str, str]:
+    """That of all files, which may not contradict each other."""
+    metadata = dict(of_index)
+    for name, part in weights.items():
+        for key, value in part.header.metadata.items():
+            if metadata.setdefault(key, value) != value:
+                raise MalformedAdapter(f"{name} has another {key[:80]!r} in its metadata than the other files", name)
+    return metadata
 
 
 def _state(status: os.stat_result) -> tuple[int, int, int, int]:
@@ -116,8 +169,9 @@ def _opened(place: Place, name: str, max_bytes: int) -> Iterator[tuple[FileIO, o
         if not stat.S_ISREG(status.st_mode):
             raise MalformedAdapter(f"{name} is not a regular file", name)
         if status.st_size > max_bytes:
+            so_far = " besides the shards before it" if is_shard(name) else ""
             raise MalformedAdapter(
-                f"{name} has {status.st_size} bytes, an adapter of this base has at most {max_bytes}", name
+                f"{name} has {status.st_size} bytes, an adapter of this base has at most {max_bytes}{so_far}", name
             )
         yield file, status
         if _state(os.fstat(file.fileno())) != _state(status):
@@ -163,12 +217,3 @@ def _stray(name: str) -> PathRefused:
 
 def _changed(name: str) -> MalformedAdapter:
     return MalformedAdapter(f"{name} changed while it was read, try again", name)
-
-
-def _no_weights(place: Place) -> AdapterError:
-    with os.scandir(place.folder) as entries:
-        names = sorted(entry.name for entry in itertools.islice(entries, _ENTRIES_SEEN))
-    for name in names:
-        if name.endswith(_PICKLES):
-            return MalformedAdapter(f"{name[:80]} is not read, only {WEIGHTS_NAME} is", name[:80])
-    return MalformedAdapter(f"the folder has no {WEIGHTS_NAME}", WEIGHTS_NAME)

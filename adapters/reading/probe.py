@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import safetensors.torch
@@ -24,6 +24,7 @@ from lorry.adapters.errors import PoolTooSmall
 from lorry.adapters.layout import ENDS, Linear, ModelLayout
 from lorry.adapters.reading.base import BaseWeights
 from lorry.adapters.reading.matching import Matcher
+from lorry.adapters.reading.names import unwrapped
 from lorry.kernels.lora import END_SITES, SITES, Segments, Site, lora_add, lora_embed
 
 ROWS = 5
@@ -47,7 +48,7 @@ class Probe:
 def probe(
     adapter: CanonicalAdapter,
     config: Mapping[str, object],
-    weights: bytes,
+    weights: Sequence[bytes],
     layout: ModelLayout,
     base: BaseWeights,
 ) -> Probe | None:
@@ -55,7 +56,7 @@ def probe(
 
     within: errors are no larger than rounding A, B and the vectors to the pages' dtype explains.
     """
-    tensors = safetensors.torch.load(weights)
+    tensors = {unwrapped(name): tensor for part in weights for name, tensor in safetensors.torch.load(part).items()}
     probed = [linear for linear in adapter.linears if _is_update(_parts(tensors, layout.module_path(*linear)))]
     if not REFERENCED.issuperset(adapter.methods) or not probed:
         return None

@@ -89,7 +89,7 @@ def report_on(
         report.bytes = adapter.nbytes
         report.pages = sum(linear.pages.shape[0] for linear in adapter.linears.values())
         config = parse_object(bytes(files.config), "", len(files.config))
-        report.probe = probe(adapter, config, bytes(files.weights), layout, base)
+        report.probe = probe(adapter, config, [bytes(part.content) for part in files.weights], layout, base)
         if report.probe is not None and not report.probe.within:
             raise AdapterError("the served update differs from the reference by more than rounding explains")
     except AdapterError as error:
@@ -101,4 +101,4 @@ def report_on(
 
 def _describe_files(report: Report, files: AdapterFiles) -> None:
     report.revision = files.revision
-    report.fingerprint = files.header.metadata.get(FINGERPRINT_KEY, "")
+    report.fingerprint = files.metadata.get(FINGERPRINT_KEY, "")

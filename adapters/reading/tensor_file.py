@@ -58,46 +58,46 @@ class Header:
     data_start: int
 
 
-def header_bytes(prefix: bytes, file_bytes: int) -> int:
+def header_bytes(prefix: bytes, file_bytes: int, file: str = WEIGHTS_NAME) -> int:
     """Length of the header, from the file's first bytes (8 at least, or all there are).
 
-    Raises MalformedAdapter when a file of that size cannot have it.
+    file: its name. Raises MalformedAdapter when a file of that size cannot have it.
     """
     if file_bytes < PREFIX_BYTES:
-        raise _wrong(f"has {file_bytes} bytes, shorter than its header")
+        raise _wrong(file, f"has {file_bytes} bytes, shorter than its header")
     length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
     if length > MAX_HEADER_BYTES or length > file_bytes - PREFIX_BYTES:
         for magic, kind in _FOREIGN.items():
             if prefix.startswith(magic):
-                raise _wrong(f"is {kind}")
+                raise _wrong(file, f"is {kind}")
         if length > MAX_HEADER_BYTES:
-            raise _wrong(f"says that its header has {length} bytes, at most {MAX_HEADER_BYTES} are read")
-        raise _wrong(f"is truncated: its header should have {length} bytes, the file has {file_bytes}")
+            raise _wrong(file, f"says that its header has {length} bytes, at most {MAX_HEADER_BYTES} are read")
+        raise _wrong(file, f"is truncated: its header should have {length} bytes, the file has {file_bytes}")
     return length
 
 
-def parse_header(head: bytes, file_bytes: int) -> Header:
+def parse_header(head: bytes, file_bytes: int, file: str = WEIGHTS_NAME) -> Header:
     """The header at the start of `head`, of a file of `file_bytes` that its tensors must fill without gap.
 
-    Raises MalformedAdapter for anything but float32, float16 and bfloat16 tensors, none of them empty.
+    file: its name. Raises MalformedAdapter for anything but float32, float16 and bfloat16 tensors, none of them empty.
     """
-    length = header_bytes(head, file_bytes)
+    length = header_bytes(head, file_bytes, file)
     start = PREFIX_BYTES + length
-    values = parse_object(head[PREFIX_BYTES:start], f"the header of {WEIGHTS_NAME}", MAX_HEADER_BYTES)
+    values = parse_object(head[PREFIX_BYTES:start], f"the header of {file}", MAX_HEADER_BYTES)
     metadata = values.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise _wrong(f"has {_METADATA} that are no texts", _METADATA)
-    tensors = {name: _entry(name, entry) for name, entry in values.items()}
+        raise _wrong(file, f"has {_METADATA} that are no texts", _METADATA)
+    tensors = {name: _entry(name, entry, file) for name, entry in values.items()}
     size = file_bytes - start
     position = 0
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if stored.begin != position or stored.end - position != math.prod(stored.shape) * stored.dtype.itemsize:
-            raise _wrong(f"has a gap or an overlap at byte {stored.begin} of its data", name)
+            raise _wrong(file, f"has a gap or an overlap at byte {stored.begin} of its data", name)
         if stored.begin == stored.end:
-            raise _wrong(f"has the empty tensor {name[:200]!r}", name)
+            raise _wrong(file, f"has the empty tensor {name[:200]!r}", name)
         position = stored.end
     if position != size:
-        raise _wrong(f"is truncated or has surplus bytes: its tensors need {position}, it has {size}")
+        raise _wrong(file, f"is truncated or has surplus bytes: its tensors need {position}, it has {size}")
     return Header(tensors, metadata, start)
 
 
@@ -128,14 +128,14 @@ def is_finite(tensor: Tensor) -> bool:
     return not bool(((values & exponent) == exponent).any())
 
 
-def _entry(name: str, entry: object) -> Stored:
+def _entry(name: str, entry: object, file: str) -> Stored:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _wrong(f"describes {name[:200]!r} other than by dtype, shape and data_offsets", name)
+        raise _wrong(file, f"describes {name[:200]!r} other than by dtype, shape and data_offsets", name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _wrong(f"has {name[:200]!r} in {str(dtype)[:20]!r}, served are {', '.join(DTYPES)}", name)
+        raise _wrong(file, f"has {name[:200]!r} in {str(dtype)[:20]!r}, served are {', '.join(DTYPES)}", name)
     if not _extents(shape) or not _extents(offsets) or len(offsets) != 2 or len(shape) > 8:
-        raise _wrong(f"gives {name[:200]!r} a shape or an offset that is no list of sizes", name)
+        raise _wrong(file, f"gives {name[:200]!r} a shape or an offset that is no list of sizes", name)
     return Stored(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
 
 
@@ -143,5 +143,5 @@ def _extents(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_EXTENT for item in value)
 
 
-def _wrong(what: str, tensor: str = WEIGHTS_NAME) -> MalformedAdapter:
-    return MalformedAdapter(f"{WEIGHTS_NAME} {what}", tensor[:200])
+def _wrong(file: str, what: str, tensor: str = "") -> MalformedAdapter:
+    return MalformedAdapter(f"{file} {what}", (tensor or file)[:200])

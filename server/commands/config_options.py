@@ -17,7 +17,7 @@ from lorry.server import config
 from lorry.server.commands import values
 from lorry.server.config import EngineConfig, ServerConfig
 
-_SIZES = {"kv_memory", "adapter_memory", "adapter_host_memory", "max_message_bytes"}
+_SIZES = {"kv_memory", "adapter_memory", "adapter_host_memory", "adapter_cache_size", "max_message_bytes"}
 _NAMES = {"adapters_dir": "--adapters", "adapter_roots": "--adapter-root", "adapter_sources": "--adapter-source"}
 _LEAST = {"port": 0, "metrics_port": 0, "drain_timeout": 0, "seed": 0, "restart_backoff": 0, "restart_backoff_max": 0}
 _SHARES = {"gpu_memory_fraction"}

@@ -60,11 +60,14 @@ class EngineAdapters:
         send: Callable[[Command], None],
         check_up: Callable[[], None],
         fetch: Callable[[str], Awaitable[str]] | None = None,
+        keep: Callable[[Collection[str]], None] = lambda _: None,
     ) -> None:
-        """`check_up` raises EngineUnavailable while there is no engine; `fetch`: address → local folder."""
+        """`check_up` raises EngineUnavailable while there is no engine; `fetch`: address → local folder; `keep`: told
+        which of these folders are in use whenever that changes."""
         self._send = send
         self._check_up = check_up
         self._fetch = fetch
+        self._keep = keep
         self._fetching_again: set[asyncio.Task[None]] = set()
         self._calls = itertools.count(1)
         self._open: dict[int, asyncio.Future[Infos]] = {}
@@ -81,6 +84,7 @@ class EngineAdapters:
         (info,) = await self._call(command)
         # its revision is not part of what is repeated: the folder may have been replaced since
         self._journal[id] = (LoadAdapter(0, id, path, pin=pin, replace=True, fetched=fetched),)
+        self._keep_fetched()
         return info
 
     def close(self) -> None:
@@ -92,6 +96,7 @@ class EngineAdapters:
         command = UnloadAdapter(next(self._calls), id)
         (info,) = await self._call(command)
         self._journal[id] = (command,)
+        self._keep_fetched()
         return info
 
     async def pin(self, id: str, pinned: bool) -> AdapterInfo:
@@ -195,8 +200,13 @@ class EngineAdapters:
             logger.warning("adapter %s is not as it was before the restart: %s", command.id, error)
             return
         self._journal[command.id] = (msgspec.structs.replace(again, call_id=0), *before[1:])
+        self._keep_fetched()
         for each in before[1:]:
             self._repeat(each)
+
+    def _keep_fetched(self) -> None:
+        lasting = (each for commands in self._journal.values() for each in commands)
+        self._keep({each.fetched for each in lasting if isinstance(each, LoadAdapter) and each.fetched})
 
     async def _call(self, command: AdapterCommand) -> Infos:
         self._check_up()

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lorry.server.errors import Draining, SourceUnavailable, from_wire
 from lorry.server.sources.address import Allowed
 from lorry.server.sources.job import Job, Result
 from lorry.server.sources.store import default_root
+from lorry.server.sources.uses import Uses
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +36,19 @@ class Downloads:
         prefixes: Sequence[str],
         root: Path | None = None,
         *,
+        cache_bytes: int | None = None,
         job: Job | None = None,
         command: Sequence[str] = COMMAND,
         seconds: float = SECONDS,
     ) -> None:
-        """`job`: what all jobs have in common. Raises PathRefused for a wrong prefix."""
+        """`cache_bytes`: that the store may have after a download; `job`: what all jobs have in common.
+
+        Raises PathRefused for a wrong prefix.
+        """
         self._allowed = Allowed(prefixes)
         self._root = root
-        self._job = job or Job(source="", root="", max_weights_bytes=0)
+        self._job = replace(job or Job(source="", root="", max_weights_bytes=0), cache_bytes=cache_bytes)
+        self._uses = Uses(root or default_root())
         self._command = tuple(command)
         self._seconds = seconds
         self._slots = asyncio.Semaphore(AT_A_TIME)
@@ -62,11 +68,23 @@ class Downloads:
         if result.kind:
             logger.warning("%s was not fetched: %s", source, result.reason or result.message)
             raise from_wire(result.kind, result.message, result.fields)
+        self._use(self._uses.revisions | {result.revision})
         return str(root / "adapters" / result.revision)
+
+    def keep(self, folders: Collection[str]) -> None:
+        """Of all that was fetched these are in use from now on, and no others: nobody may remove them."""
+        self._use({Path(folder).name for folder in folders})
+
+    def _use(self, revisions: Collection[str]) -> None:
+        try:
+            self._uses.replace(revisions)
+        except OSError as error:
+            logger.warning("the adapters in use are not known to others that share the cache: %s", error.strerror)
 
     def close(self) -> None:
         """End what is under way; no fetch begins any more."""
         self._closed = True
+        self._uses.close()
         for process in self._running:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

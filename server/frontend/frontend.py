@@ -95,8 +95,10 @@ class EngineFrontend:
             backoff_max=config.restart_backoff_max,
             command=command,
         )
-        self._downloads = downloads or Downloads(config.engine.adapter_sources)
-        self._adapters = EngineAdapters(self._engine.send, self._check_up, self._fetch_adapter)
+        self._downloads = downloads or Downloads(
+            config.engine.adapter_sources, cache_bytes=config.engine.adapter_cache_size
+        )
+        self._adapters = EngineAdapters(self._engine.send, self._check_up, self._fetch_adapter, self._downloads.keep)
         self._requests = Requests(self._engine.send, self._metrics, config.engine.max_waiting, self._check_drained)
         self._start_time = time.time()
 

@@ -46,11 +46,12 @@ class Source:
         return f"{self.scheme}://{'/'.join(parts)}"
 
     def below(self, prefix: Source) -> bool:
-        """Whether this is `prefix` or lies below it; a prefix with a revision allows no other revision."""
+        """Whether this is `prefix` or lies below it; a prefix with a revision allows no other revision, and one without
+        allows no pull request, which anybody may open."""
         return (
             self.scheme == prefix.scheme
             and self.parts[: len(prefix.parts)] == prefix.parts
-            and prefix.revision in ("", self.revision)
+            and (self.revision == prefix.revision or not (prefix.revision or self.revision.startswith("refs/pr/")))
         )
 
 
@@ -73,7 +74,9 @@ def parse(text: str, prefix: bool = False) -> Source:
     revision = ""
     if scheme == "hf" and len(parts) > 1 and "@" in parts[1]:
         parts[1], _, revision = parts[1].partition("@")
-        if _PART.fullmatch(revision) is None or set(revision) <= {"."}:
+        if revision == "refs" and len(parts) > 3 and parts[2] in ("pr", "convert"):  # of pull requests and conversions
+            revision, parts = "/".join(("refs", *parts[2:4])), [*parts[:2], *parts[4:]]
+        if any(_PART.fullmatch(part) is None or set(part) <= {"."} for part in revision.split("/")):
             raise _refused(f"{revision[:100]!r} is no revision of a repository")
     for part in parts[1:]:
         if _PART.fullmatch(part) is None or part in (".", ".."):

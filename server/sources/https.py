@@ -18,6 +18,7 @@ from lorry.server.sources.remote import PASSING, Changed, Stat, append
 CHUNK_BYTES = 1 << 20
 STALL_SECONDS = 30.0
 CONNECT_SECONDS = 10.0
+RANGE_NOT_SATISFIABLE = 416  # of a server that cannot go on there, though the file is the same
 
 _LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]+)?")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -75,6 +76,8 @@ class Folder:
         try:
             file = self._filesystem.open(f"{self._url}/{name}", block_size=0, size=stat.size or 1, headers=headers)
         except Exception as error:
+            if offset and isinstance(error, Answer) and error.status == RANGE_NOT_SATISFIABLE:
+                return self.read(name, stat, 0)
             raise _ours(error, name) from None
         response = file.r
         if response.headers.get("Content-Encoding", "identity") != "identity":

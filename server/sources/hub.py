@@ -69,7 +69,8 @@ def _ours(error: Exception, name: str) -> Exception:
     if isinstance(error, errors.HFValidationError):
         return PathRefused("the hub has no repository of such a name", field="path")
     if isinstance(error, errors.GatedRepoError):
-        return PermissionError(name)
+        message = "the repository is gated: its owner must let in the account whose HF_TOKEN this server has"
+        return PathRefused(message, field="path")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return OSError("HF_HUB_OFFLINE is set")
     if isinstance(error, errors.LocalEntryNotFoundError):  # what a download makes of a connection that failed

@@ -1,10 +1,12 @@
 """Fetched adapters on this machine's disk: folders named by their content, so that each proves itself.
 
-    <root>/adapters/<revision>/   the two files, whole; revision: SHA-256 as `lorry.adapters.reading.files` defines it
+    <root>/adapters/<revision>/   an adapter's files, whole; revision: SHA-256 as `lorry.adapters.reading.files` has it
     <root>/versions/<key>         the revision that a source's version turned out to have
     <root>/parts/<key>/           what was fetched so far of a version
+    <root>/servers/               what is in use (`uses.py`)
 
-key: SHA-256 of a source with the version identity that it gives its files. Several processes may share a root.
+key: SHA-256 of a source with the version identity that it gives its files. Several processes may share a root. The
+time of a revision's folder is that of its last use; what goes when there is too much, `prune.py` says.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 CONFIG, WEIGHTS = FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -27,10 +29,13 @@ def default_root() -> Path:
     return Path(base) / "lorry" / "sources"
 
 
-def revision_of(folder: Path) -> str:
-    """The revision of a folder's two files; raises OSError where one is missing or is no regular file."""
+def revision_of(folder: Path, names: Iterable[str] | None = None) -> str:
+    """The revision of a folder's files, all of them or those called so; raises OSError where one is no regular file.
+
+    The engine hashes what it has in memory (`lorry.adapters.reading.files.revision_of`); here nothing is held there.
+    """
     digest = hashlib.sha256()
-    for name in sorted(FILES):
+    for name in sorted(os.listdir(folder) if names is None else names):
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             size = os.fstat(descriptor).st_size
@@ -47,7 +52,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        for name in ("adapters", "versions", "parts"):
+        for name in ("adapters", "versions", "parts", "servers"):
             (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     @contextlib.contextmanager
@@ -64,6 +69,7 @@ class Store:
             revision = note.read_text()
         except OSError:
             return None
+        self._touch(revision)  # before it is proved: from here on nobody removes it for a while
         if self._proved(revision):
             return revision
         note.unlink(missing_ok=True)
@@ -79,28 +85,33 @@ class Store:
         """Forget what was gathered of a version."""
         shutil.rmtree(self._root / "parts" / key, ignore_errors=True)
 
-    def keep(self, key: str) -> str:
-        """A gathered version becomes a folder of its revision, which is returned."""
+    def keep(self, key: str, names: Collection[str] = FILES) -> str:
+        """The gathered files of a version become a folder of its revision, which is returned."""
         part = self.part(key)
-        revision = revision_of(part)
+        revision = revision_of(part, names)
         with self.locked(revision):  # which another version may have too
             if not self._proved(revision):
                 whole, place = part / "whole", self._root / "adapters" / revision
                 shutil.rmtree(whole, ignore_errors=True)
                 whole.mkdir()
-                for name in FILES:
+                for name in names:
                     os.replace(part / name, whole / name)
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(place, part / f"damaged-{secrets.token_hex(4)}")
                 os.rename(whole, place)
+            self._touch(revision)
         note = self._root / "versions" / f"{key}.{secrets.token_hex(4)}"
         note.write_text(revision)
         os.replace(note, self._root / "versions" / key)
         self.discard(key)
         return revision
 
+    def _touch(self, revision: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            os.utime(self._root / "adapters" / revision)
+
     def _proved(self, revision: str) -> bool:
         try:
             return revision_of(self._root / "adapters" / revision) == revision
-        except OSError:
+        except (OSError, ValueError):
             return False

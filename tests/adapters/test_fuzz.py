@@ -30,6 +30,7 @@ from lorry.adapters.loader import load_adapter
 from lorry.adapters.reading.files import Place
 from lorry.adapters.reading.matching import TIME_LIMIT, Matcher
 from lorry.adapters.reading.report import report_on
+from lorry.adapters.reading.shards import INDEX_NAME, shard_name
 from lorry.adapters.reading.spec import AdapterSpec
 from lorry.adapters.reading.strict_json import parse_object
 from lorry.adapters.reading.targets import targets_of
@@ -314,6 +315,42 @@ def test_what_is_mutated_is_good(put: Callable[[bytes, bytes], bool]) -> None:
 )
 def test_folders(put: Callable[[bytes, bytes], bool], config: bytes, weights: bytes) -> None:
     put(config, weights)
+
+
+INDEX = {
+    "metadata": {"total_size": len(DATA)},
+    "weight_map": {Q.format(layer, half): shard_name(layer + 1, 3) for layer in (0, 1, 2) for half in "AB"},
+}
+SHARDS = {
+    shard_name(layer + 1, 3): container(
+        header_of({Q.format(layer, half): ("F32", shape, 4 * math.prod(shape)) for half, shape in
+                   (("A", [4, 37]), ("B", [43, 4]))}),
+        DATA[: 4 * 4 * (37 + 43)],
+    )
+    for layer in (0, 1, 2)
+}  # fmt: skip
+
+
+@fuzz(60)
+@given(
+    index=st.one_of(
+        st.just(json.dumps(INDEX).encode()),
+        mutated_json(INDEX).map(lambda index: json.dumps(index).encode()),
+        mutated_bytes(json.dumps(INDEX).encode(), 900),
+    ),
+    shard=mutated_bytes(SHARDS[shard_name(2, 3)], 300) | st.just(SHARDS[shard_name(2, 3)]),
+)
+def test_shards(folder: Path, layout: ModelLayout, index: bytes, shard: bytes) -> None:
+    """Only what huggingface_hub would have written is loaded."""
+    sharded = folder.parent / "sharded"
+    sharded.mkdir(exist_ok=True)
+    (sharded / CONFIG).write_bytes(GOOD[0])
+    (sharded / INDEX_NAME).write_bytes(index)
+    for name, content in (SHARDS | {shard_name(2, 3): shard}).items():
+        (sharded / name).write_bytes(content)
+    with contained():
+        load_adapter(Place(sharded, (folder.parent,)), layout, torch.bfloat16, RandomBase(layout))
+        assert json.loads(index)["weight_map"] == INDEX["weight_map"]
 
 
 @fuzz(20)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft_oracle import asked, logprobs_of, rounded_base
 
 from lorry.adapters.activation import activation
@@ -46,11 +46,10 @@ def prompt(length: int, starts: tuple[int, ...] = (), seed: int = 0, invoked: tu
 
 
 @pytest.fixture(scope="module")
-def peft(model_folder: Path) -> PeftModel:
+def peft(model_folder: Path, random_peft: Any) -> PeftModel:
     """The tiny Llama with its linears rounded to NF4 and the adapters of INVOKED, which change its tokens."""
-    model, found = rounded_base(model_folder), None
-    for rank, (name, tokens) in enumerate(INVOKED.items(), 5):
-        config = LoraConfig(
+    configs = {
+        name: LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
             target_modules=list(SITES) if rank % 2 else ["q_proj", "v_proj", "down_proj"],
@@ -58,17 +57,9 @@ def peft(model_folder: Path) -> PeftModel:
             alora_invocation_tokens=None if tokens is None else list(tokens),
             task_type="CAUSAL_LM",
         )
-        if found is None:
-            found = get_peft_model(model, config, adapter_name=name)
-        else:
-            found.add_adapter(name, config)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in found.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0, 0.2)
-    found.eval()
-    return found
+        for rank, (name, tokens) in enumerate(INVOKED.items(), 5)
+    }
+    return random_peft(rounded_base(model_folder), configs, 0.2)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from lorry.server.frontend import downloads
 from lorry.server.frontend.adapters import EngineAdapters
 from lorry.server.frontend.downloads import Downloads
 from lorry.server.sources.job import Job
+from lorry.server.sources.uses import in_use
 
 ADDRESS = "hf://org/name"
 ALLOWED = ["hf://org"]
@@ -66,6 +67,24 @@ async def test_the_answer_is_a_folder(downloading: Any, tmp_path: Path) -> None:
     echo = ANSWER.format(result="{'revision': f\"{job['source'][5:].replace('/', '-')}-{job['max_weights_bytes']}\"}")
     folder = await downloading(echo).fetch(ADDRESS + "/", 17)
     assert folder == str(tmp_path / "store/adapters/org-name-17")
+
+
+async def test_what_is_in_use_is_known_to_others(downloading: Any, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    fetching = downloading(ANSWER.format(result="{'revision': job['source'][-1]}"), cache_bytes=5)
+    for name in "ab":
+        await fetching.fetch(ADDRESS + name, 17)
+    assert in_use(store) == {"a", "b"}, "before the engine hears of it"
+    fetching.keep([str(store / "adapters/b")])
+    assert in_use(store) == {"b"}
+    fetching.close()
+    assert in_use(store) == set()
+
+
+async def test_the_process_knows_what_the_store_may_have(downloading: Any) -> None:
+    echo = ANSWER.format(result="{'revision': str(job['cache_bytes'])}")
+    assert (await downloading(echo, cache_bytes=5).fetch(ADDRESS, 17)).endswith("/5")
+    assert (await downloading(echo).fetch(ADDRESS, 17)).endswith("/None")
 
 
 async def test_an_error_is_what_the_process_says(downloading: Any) -> None:
@@ -127,7 +146,8 @@ class Engine:
         self.sent: list[Any] = []
         self.fetched: list[str] = []
         self.broken: set[str] = set()
-        self.adapters = EngineAdapters(self._take, lambda: None, self._fetch)
+        self.kept: list[set[str]] = []
+        self.adapters = EngineAdapters(self._take, lambda: None, self._fetch, self.kept.append)
 
     async def _fetch(self, address: str) -> str:
         self.fetched.append(address)
@@ -159,6 +179,7 @@ async def test_the_engine_hears_of_what_was_fetched_and_a_new_one_again() -> Non
     assert engine.fetched == [ADDRESS] * 2, "a replacement is fetched anew"
     first, second = "/store/adapters/1", "/store/adapters/2"
     assert engine.loads() == [("local", "", False, False), ("a", first, True, False), ("a", second, True, True)]
+    assert engine.kept == [set(), {first}, {second}]
     engine.sent.clear()
     engine.adapters.engine_up()
     await until(lambda: not engine.adapters._open)
@@ -188,6 +209,7 @@ async def test_an_adapter_that_was_unloaded_is_not_fetched_again() -> None:
     engine.adapters.engine_up()
     await engine.adapters.unload("a")
     await until(lambda: not engine.adapters._open)
+    assert engine.kept[-1] == set()
     assert engine.loads()[1:] == [("a", "/store/adapters/1", False, True)]
     assert isinstance(engine.sent[-1], UnloadAdapter)
 
@@ -245,3 +267,5 @@ async def test_from_a_server_to_the_engine_and_to_the_next_one(
         os.kill(frontend.engine_pid, signal.SIGKILL)
         await until(lambda: len(seen("LoadAdapter")) == 2)
         assert f"fetched='{folder}'" in seen("LoadAdapter")[1]
+        assert in_use(store) == {folder.name}
+    assert in_use(store) == set()

@@ -21,7 +21,7 @@ from lorry.server.cache.kv_cache import KVCache
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.inputs import ModelInputs
 
-sys.path.insert(0, str(Path(__file__).parent))  # tiny_gguf.py serves several tests here
+sys.path.insert(0, str(Path(__file__).parent))  # tiny_gguf.py and tiny_shape.py serve several tests here
 
 BLOCK = 16
 

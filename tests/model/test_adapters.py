@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 from lorry.kernels.layers import Layers
@@ -39,7 +40,9 @@ CHUNKS = ((21, 7), (3,), (17, 1, 11), (16,), ())
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_mixed_batch_equals_peft(name: str, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_batch_equals_peft(
+    name: str, tools: Any, with_adapters: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model_type, shape = SHAPES[name]
     model = tools.tiny_model(
         model_type, torch.float32, **shape, num_hidden_layers=2, vocab_size=131, max_position_embeddings=64
@@ -64,21 +67,13 @@ def test_mixed_batch_equals_peft(name: str, tools: Any, tmp_path: Path, monkeypa
             assert tools.relative_rms(peft_logits(peft, prompt, ()), expected) > 0.05
 
 
-def with_adapters(model: Any) -> PeftModel:
-    """Random A and B of both ranks on every linear, large enough to change the logits."""
-    peft: Any = None
-    for adapter, rank in RANKS.items():
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(SITES))
-        if peft is None:
-            peft = get_peft_model(model, config, adapter_name=adapter)
-        else:
-            peft.add_adapter(adapter, config)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for key, parameter in peft.named_parameters():
-            if "lora_" in key:
-                parameter.normal_(0, 0.08)
-    return peft.eval()
+@pytest.fixture
+def with_adapters(random_peft: Any) -> Callable[[Any], PeftModel]:
+    """with_adapters(model): random A and B of both ranks on every linear, large enough to change the logits."""
+    configs = {
+        adapter: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(SITES)) for adapter, rank in RANKS.items()
+    }
+    return lambda model: random_peft(model, configs, 0.08)
 
 
 def weights_of(peft: Any, adapter: str) -> dict[tuple[int, str], tuple[Tensor, Tensor, float]]:
@@ -119,7 +114,13 @@ def peft_logits(peft: Any, prompt: list[int], combo: tuple[tuple[str, float], ..
     ],
 )
 def test_the_path_of_a_gpu_equals_that_of_a_cpu(
-    dtype: torch.dtype, kv_dtype: torch.dtype, most: float, tools: Any, tmp_path: Path, request: pytest.FixtureRequest
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    most: float,
+    tools: Any,
+    with_adapters: Any,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """tests/engine/test_interpreted.py has float32."""
     shape = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 1}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_shape import SHAPE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -24,15 +25,6 @@ from lorry.server.model.load import load_model, open_checkpoint, quantize_checkp
 from lorry.server.model.readers.safetensors import SafetensorsCheckpoint
 from lorry.server.model.weights import read_ends, read_layer
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 192,
-    "intermediate_size": 320,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 2,
-    "vocab_size": 131,
-    "max_position_embeddings": 64,
-}
 ODD = SHAPE | {"hidden_size": 90, "intermediate_size": 77, "num_attention_heads": 5}
 PROMPTS = [list(range(40, 69)), [7, 3, 99]]
 CHUNKS = [(17, 11), (3,)]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_shape import SHAPE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -20,15 +21,6 @@ from lorry.server.model import fingerprint as room
 from lorry.server.model.fingerprint import FINGERPRINT_NAME, fingerprint
 from lorry.server.model.load import base_fingerprint, load_model, open_checkpoint, quantize_checkpoint
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 192,
-    "intermediate_size": 320,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 2,
-    "vocab_size": 131,
-    "max_position_embeddings": 64,
-}
 UP = "model.layers.1.mlp.up_proj"
 
 

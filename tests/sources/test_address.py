@@ -15,6 +15,9 @@ from lorry.server.sources.address import Allowed, Source, is_address, parse
     [
         ("hf://org/name", Source("hf", ("org", "name"))),
         ("hf://org/name@v1.0/sub/folder/", Source("hf", ("org", "name", "sub", "folder"), "v1.0")),
+        ("hf://org/name@refs/pr/3", Source("hf", ("org", "name"), "refs/pr/3")),
+        ("hf://org/name@refs/convert/main/sub", Source("hf", ("org", "name", "sub"), "refs/convert/main")),
+        ("hf://org/name@refs/heads/x", Source("hf", ("org", "name", "heads", "x"), "refs")),
         ("s3://my.bucket/a/b", Source("s3", ("my.bucket", "a", "b"))),
         ("gs://my_bucket/a/", Source("gs", ("my_bucket", "a"))),
         ("https://Example.org:443/A", Source("https", ("example.org", "A"))),
@@ -54,6 +57,7 @@ def test_addresses(text: str, source: Source) -> None:
         ("hf://org/name@", "no revision"),
         ("hf://org/name@..", "no revision"),
         ("hf://org/name@a@b", "no revision"),
+        ("hf://org/name@refs/pr/..", "no revision"),
         ("hf://org/na*me", "is no component"),
     ],
 )
@@ -85,6 +89,8 @@ def test_local_paths_are_no_addresses(path: str) -> None:
         ),
         ("https://example.org", ["https://example.org/a"], ["https://sub.example.org/a", "https://example.org.evil/a"]),
         ("hf://org", ["hf://org/name", "hf://org/name@main/sub"], ["hf://organ/name", "s3://org/name"]),
+        ("hf://org", ["hf://org/name@refs/convert/x"], ["hf://org/name@refs/pr/3"]),
+        ("hf://org/name@refs/pr/3", ["hf://org/name@refs/pr/3/a"], ["hf://org/name@refs/pr/4", "hf://org/name"]),
         ("hf://org/name@v1", ["hf://org/name@v1/sub"], ["hf://org/name", "hf://org/name@v2", "hf://org/name2@v1"]),
         ("s3://bucket/team/", ["s3://bucket/team/a"], ["s3://bucket/teams/a", "gs://bucket/team/a", "s3://bucket/x"]),
     ],

@@ -142,6 +142,28 @@ def test_lasting_errors(site: Any, job: Any, status: int, error: type[LorryError
     assert tries == (2 * ATTEMPTS if status == 503 else 2), "HEAD and GET"
 
 
+def test_a_server_that_cannot_go_on_begins_again(site: Any, job: Any, tmp_path: Path) -> None:
+    """It answers 416 to any range, though its file has not changed."""
+    cut: list[int] = []
+
+    def spoil(handler: Any, path: str, offset: int) -> bool:
+        if handler.command == "HEAD" or path.endswith(".json"):
+            return False
+        if handler.headers.get("Range"):
+            handler.answer(416, b"")
+            return True
+        if not cut:
+            cut.append(offset)
+            handler.answer(200, WEIGHTS[:100_001], len(WEIGHTS), ETag='"one"')
+            handler.close_connection = True
+            return True
+        return False
+
+    site.spoil = spoil
+    assert fetched(tmp_path, fetch(job(site.address))) == [CONFIG, WEIGHTS]
+    assert [range for name, range in site.gets() if name == FILES[1]] == ["", "bytes=100001-", ""]
+
+
 def test_a_redirect_midway_is_no_content(site: Any, job: Any) -> None:
     def spoil(handler: Any, path: str, offset: int) -> bool:
         if handler.command == "GET" and path.endswith(FILES[1]):

@@ -12,15 +12,16 @@ from urllib.parse import parse_qs
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
-from web_site import CONFIG, WEIGHTS
+from web_site import CONFIG, SHARDED, WEIGHTS
 
 from lorry.adapters.reading import files
+from lorry.adapters.reading.shards import INDEX_NAME
 from lorry.server.errors import LorryError, MalformedAdapter, NotFound, PathRefused, SourceUnavailable
 from lorry.server.sources.fetch import fetch, reason
 from lorry.server.sources.store import FILES
 
 REVISION = files.revision_of(((FILES[0], CONFIG), (FILES[1], WEIGHTS)))
-COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+COMMITS = {"main": "a" * 40, "v1": "b" * 40, "refs%2Fpr%2F3": "e" * 40}
 
 
 class Hub:
@@ -29,6 +30,7 @@ class Hub:
     def __init__(self, site: Any) -> None:
         self.site = site
         self.site.files, self.site.spoil = {}, self.answer
+        self.contents = {FILES[0]: CONFIG, FILES[1]: WEIGHTS}
         self.digest = hashlib.sha256(WEIGHTS).hexdigest()
         self.told = len(WEIGHTS)
         self.cuts = 0
@@ -44,8 +46,8 @@ class Hub:
                 self.commits.append(commit)
                 length = int(handler.headers["Content-Length"])
                 (asked,) = parse_qs(handler.rfile.read(length).decode())["paths"]
-                send([self.info(asked)])
-            case ["org", "name", "resolve", commit, *_, name] if commit in COMMITS.values() and name in FILES:
+                send([self.info(asked)] if asked.rsplit("/", 1)[-1] in self.contents else [])
+            case ["org", "name", "resolve", commit, *_, name] if commit in COMMITS.values() and name in self.contents:
                 self.content(handler, commit, name)
             case _:
                 handler.answer(404, b"", X_Error_Code="RepoNotFound")
@@ -54,11 +56,14 @@ class Hub:
     def info(self, path: str) -> dict[str, Any]:
         if path.endswith(FILES[0]):
             return {"type": "file", "path": path, "size": len(CONFIG), "oid": "c" * 40}
+        if not path.endswith(FILES[1]):
+            content = self.contents[path.rsplit("/", 1)[-1]]
+            return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
         lfs = {"oid": self.digest, "sha256": self.digest, "size": self.told, "pointerSize": 130}
         return {"type": "file", "path": path, "size": self.told, "oid": "d" * 40, "lfs": lfs}
 
     def content(self, handler: Any, commit: str, name: str) -> None:
-        content = {FILES[0]: CONFIG, FILES[1]: WEIGHTS}[name]
+        content = self.contents[name]
         begin = int(handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": commit}
         if begin:
@@ -89,7 +94,12 @@ def downloads(hub: Hub) -> list[str]:
 
 @pytest.mark.parametrize(
     ("address", "commit"),
-    [("hf://org/name", "main"), ("hf://org/name@v1", "v1"), ("hf://org/name@v1/sub", "v1")],
+    [
+        ("hf://org/name", "main"),
+        ("hf://org/name@v1", "v1"),
+        ("hf://org/name@v1/sub", "v1"),
+        ("hf://org/name@refs/pr/3", "refs%2Fpr%2F3"),
+    ],
 )
 def test_a_repository(hub: Hub, job: Any, tmp_path: Path, address: str, commit: str) -> None:
     assert fetch(job(address)) == fetch(job(address)) == REVISION
@@ -98,6 +108,16 @@ def test_a_repository(hub: Hub, job: Any, tmp_path: Path, address: str, commit: 
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert sorted(downloads(hub)) == sorted(FILES), "the second time they are here"
     assert set(hub.commits) == {COMMITS[commit]}
+
+
+@pytest.mark.parametrize("address", ["hf://org/name", "hf://org/name@v1/sub"])
+def test_shards(hub: Hub, job: Any, tmp_path: Path, address: str) -> None:
+    hub.contents = {FILES[0]: CONFIG} | SHARDED
+    revision = fetch(job(address))
+    assert revision == fetch(job(address)) == files.revision_of(tuple(hub.contents.items()))
+    folder = tmp_path / "store/adapters" / revision
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == hub.contents
+    assert sorted(downloads(hub)) == sorted([*hub.contents, INDEX_NAME]), "the second time only the index comes"
 
 
 def test_a_download_that_breaks_goes_on(hub: Hub, job: Any) -> None:
@@ -117,6 +137,26 @@ def test_too_large(hub: Hub, job: Any) -> None:
     with pytest.raises(MalformedAdapter, match="at most 326551"):
         fetch(job("hf://org/name"))
     assert downloads(hub) == []
+
+
+def test_the_token_is_sent_and_a_gated_repository_says_so(hub: Hub, job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens: set[str | None] = set()
+    answer = hub.site.spoil
+
+    def guarded(handler: Any, path: str, offset: int) -> bool:
+        tokens.add(handler.headers.get("Authorization"))
+        if handler.headers.get("Authorization") == "Bearer hf_mine":
+            return answer(handler, path, offset)
+        handler.answer(403, b"", X_Error_Code="GatedRepo")
+        return True
+
+    hub.site.spoil = guarded
+    with pytest.raises(PathRefused, match=r"the repository is gated: .* HF_TOKEN"):
+        fetch(job("hf://org/name"))
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    tokens.clear()
+    assert fetch(job("hf://org/name")) == REVISION
+    assert tokens == {"Bearer hf_mine"}
 
 
 def test_no_name_of_a_repository(hub: Hub, job: Any) -> None:

@@ -1,7 +1,8 @@
-"""A web server on this machine that serves an adapter's two files, well or badly, and what it was asked."""
+"""A web server on this machine that serves an adapter's files, well or badly, and what it was asked."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,14 @@ from typing import Any
 
 CONFIG = b'{"r": 3}'
 WEIGHTS = bytes(range(251)) * 1301
+SHARDED = {
+    "adapter_model-00001-of-00002.safetensors": WEIGHTS[:100_003],
+    "adapter_model-00002-of-00002.safetensors": WEIGHTS[100_003:],
+}
+SHARDED["adapter_model.safetensors.index.json"] = json.dumps(
+    {"metadata": {}, "weight_map": {f"t{number}": name for number, name in enumerate(sorted(SHARDED))}}
+).encode()
+"""The weights in two files, and their index."""
 
 
 @dataclass
