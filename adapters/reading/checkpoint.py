@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lorry.adapters.errors import MalformedAdapter, WrongBase
 from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.pace import Rest, no_rest
 from lorry.adapters.reading.spec import AdapterSpec
 from lorry.adapters.reading.tensor_file import is_finite
 
@@ -53,10 +54,13 @@ class LinearTensors:
     bias: Tensor | None = None
 
 
-def read_linears(tensors: Mapping[str, Tensor], spec: AdapterSpec, layout: ModelLayout) -> dict[Linear, LinearTensors]:
-    """The linears of a file; raises MalformedAdapter or WrongBase."""
+def read_linears(
+    tensors: Mapping[str, Tensor], spec: AdapterSpec, layout: ModelLayout, rest: Rest = no_rest
+) -> dict[Linear, LinearTensors]:
+    """The linears of a file; raises MalformedAdapter or WrongBase. rest: called between two of them."""
     found: dict[Linear, dict[str, tuple[str, Tensor]]] = {}
     for name, tensor in tensors.items():
+        rest()
         linear, part = _parse(name, layout, spec)
         parts = found.setdefault(linear, {})
         if part in parts:
@@ -83,6 +87,7 @@ def read_linears(tensors: Mapping[str, Tensor], spec: AdapterSpec, layout: Model
                 raise MalformedAdapter(f"{missing} is missing, target_modules means {path}", missing)
         if parts:
             linears[linear] = _checked(parts, linear, spec, layout)
+            rest()
     return linears
 
 

@@ -12,13 +12,17 @@ import hashlib
 import itertools
 import os
 import stat
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
 from lorry.adapters.errors import AdapterError, MalformedAdapter, PathRefused
+from lorry.adapters.pace import Rest, no_rest
 from lorry.adapters.reading.spec import CONFIG_NAME, MAX_CONFIG_BYTES
 from lorry.adapters.reading.tensor_file import (
     MAX_HEADER_BYTES,
@@ -31,6 +35,10 @@ from lorry.adapters.reading.tensor_file import (
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ENTRIES_SEEN = 1000  # of a folder without weights, to say what is there instead
+_PIECE = 256 << 10  # bytes read or hashed at a time; 1 ms of SHA-256
+
+FileState = tuple[int, int, int, int, int]
+"""Device, inode, size, times of the last change to content and inode."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,51 @@ class AdapterFiles:
     revision: str
 
 
-def revision_of(files: Sequence[tuple[str, bytes | bytearray]]) -> str:
+def revision_of(files: Sequence[tuple[str, bytes | bytearray]], rest: Rest = no_rest) -> str:
     """64 lower-case hexadecimal digits; files as (name, content)."""
     digest = hashlib.sha256()
     for name, content in sorted(files, key=lambda file: file[0]):
         for part in (name.encode(), content):
             digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
+            for begin in range(0, len(part), _PIECE):
+                digest.update(memoryview(part)[begin : begin + _PIECE])
+                rest()
     return digest.hexdigest()
+
+
+class Revisions:
+    """Revisions that were computed of files as they still are; for all threads.
+
+    A file counts as the same while its state is: the time of the last change to the inode goes on with every write and
+    can be set by nobody. Kept is what had been at rest for SETTLED seconds when its reading began: a clock may tick
+    once in two seconds, and Linux takes up to 35 until it sees the next write through a mapping.
+
+    most: revisions kept, those asked for last. now: seconds since the epoch, as files have it.
+    """
+
+    SETTLED = 40.0
+
+    def __init__(self, most: int = 16384, now: Callable[[], float] = time.time) -> None:
+        self._most = most
+        self.now = now
+        self._lock = threading.Lock()
+        self._known: OrderedDict[tuple[FileState, ...], str] = OrderedDict()
+
+    def find(self, states: tuple[FileState, ...]) -> str | None:
+        with self._lock:
+            if (revision := self._known.get(states)) is not None:
+                self._known.move_to_end(states)
+            return revision
+
+    def keep(self, states: tuple[FileState, ...], revision: str, begun: float) -> None:
+        """Of files that had these states before they were read and behind that; `begun` by `now`, before the first."""
+        last = max(changed for *_, content, inode in states for changed in (content, inode))
+        if last / 1e9 + self.SETTLED > begun:
+            return
+        with self._lock:
+            self._known[states] = revision
+            while len(self._known) > self._most:
+                self._known.popitem(last=False)
 
 
 def below(path: Path, roots: Sequence[Path]) -> bool:
@@ -76,8 +121,14 @@ def below(path: Path, roots: Sequence[Path]) -> bool:
     return any(root in path.parents for root in roots)
 
 
-def read_adapter(place: Place, max_weight_bytes: int) -> AdapterFiles:
-    """Read both files; raises MalformedAdapter for missing, too large and changing ones, PathRefused for strays."""
+def read_adapter(
+    place: Place, max_weight_bytes: int, revisions: Revisions | None = None, rest: Rest = no_rest
+) -> AdapterFiles:
+    """Read both files; raises MalformedAdapter for missing, too large and changing ones, PathRefused for strays.
+
+    revisions: those known already, which need not be computed. rest: called every millisecond of work, about.
+    """
+    begun = time.time() if revisions is None else revisions.now()
     try:
         with _opened(place, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, config_status):
             config = _fill(file, bytearray(), config_status.st_size, CONFIG_NAME)
@@ -85,27 +136,32 @@ def read_adapter(place: Place, max_weight_bytes: int) -> AdapterFiles:
         raise MalformedAdapter(f"the folder has no {CONFIG_NAME}", CONFIG_NAME) from None
     try:
         with _opened(place, WEIGHTS_NAME, max_weight_bytes + MAX_HEADER_BYTES) as (file, weights_status):
-            header, weights = _read_weights(file, weights_status.st_size)
+            header, weights = _read_weights(file, weights_status.st_size, rest)
     except FileNotFoundError:
         raise _no_weights(place) from None
     for name, status in ((CONFIG_NAME, config_status), (WEIGHTS_NAME, weights_status)):
         if _state(os.stat(place.folder / name)) != _state(status):
             raise _changed(name)
-    revision = revision_of(((CONFIG_NAME, config), (WEIGHTS_NAME, weights)))
+    states = _state(config_status), _state(weights_status)
+    revision = revisions.find(states) if revisions is not None else None
+    if revision is None:
+        revision = revision_of(((CONFIG_NAME, config), (WEIGHTS_NAME, weights)), rest)
+        if revisions is not None:
+            revisions.keep(states, revision, begun)
     if place.revision not in ("", revision):
         raise MalformedAdapter("what was fetched of the adapter is damaged by now: load it again, with replace")
     return AdapterFiles(config, weights, header, revision)
 
 
-def _read_weights(file: FileIO, size: int) -> tuple[Header, bytearray]:
+def _read_weights(file: FileIO, size: int, rest: Rest) -> tuple[Header, bytearray]:
     head = _fill(file, bytearray(), min(size, PREFIX_BYTES), WEIGHTS_NAME)
     head = _fill(file, head, PREFIX_BYTES + header_bytes(bytes(head), size), WEIGHTS_NAME)
     header = parse_header(bytes(head), size)
-    return header, _fill(file, head, size, WEIGHTS_NAME)
+    return header, _fill(file, head, size, WEIGHTS_NAME, rest)
 
 
-def _state(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _state(status: os.stat_result) -> FileState:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager
@@ -143,15 +199,16 @@ def _open(place: Place, name: str) -> FileIO:
     return file
 
 
-def _fill(file: FileIO, begun: bytearray, size: int, name: str) -> bytearray:
+def _fill(file: FileIO, begun: bytearray, size: int, name: str, rest: Rest = no_rest) -> bytearray:
     """`begun`, read on to `size` bytes."""
     if len(begun) == size:
         return begun
     content = bytearray(size)
     content[: len(begun)] = begun
     view, filled = memoryview(content), len(begun)
-    while filled < size and (count := file.readinto(view[filled:])):
+    while filled < size and (count := file.readinto(view[filled : filled + _PIECE])):
         filled += count
+        rest()
     if filled < size:
         raise _changed(name)
     return content
