@@ -21,7 +21,7 @@ from lorry.adapters.records import DEVICE, DISK, HOST, Counters
 from lorry.adapters.register import Register
 from lorry.adapters.residency import Residency
 
-_SHARE_WAITED = 0.5  # of a core for a load that a request waits for, while sequences run
+_SHARE_WAITED = 0.6  # of a core for a load that a request waits for, while sequences run
 _SHARE_UNWAITED = 0.1  # for one that only a command waits for, or a change on disk
 _READS_AHEAD = 2  # handed to the loader at a time; later ones stay open to reordering
 
@@ -124,9 +124,12 @@ class Library:
             self._loader.submit(token, version.place, urgent)
 
     def _share(self, running: int) -> float:
-        """Of a core for loads: all where nothing runs, or when requests wait for as many as there are sequences."""
+        """Of a core for loads: all where nothing runs, or when requests wait for as many as there are sequences.
+
+        On a GPU all of it too: there the forward pass waits for no core.
+        """
         under_way = [*self._reading.values(), *self._to_load]
-        if not running or not under_way:
+        if not running or not under_way or not self.pool.uploads.reads_back:
             return 1.0
         waited = sum(any(not lease.internal for lease in version.leases) for version in under_way)
         return min(1.0, max(_SHARE_WAITED, waited / running)) if waited else _SHARE_UNWAITED

@@ -80,13 +80,13 @@ class _Past:
 class AtOnce:
     """The arena is host memory, and the engine thread, between two steps, the only one to touch it.
 
-    least, most: bytes between two steps, for short and for long ones; rate: bytes for each second of a step. 2 MiB take
-    1.2 ms, so that copies are a twentieth of steps of 25 to 100 ms.
+    least, most: bytes between two steps, for short and for long ones; rate: bytes for each second of a step. 4 MiB take
+    1 ms, so that copies are a twentieth of steps of 12 to 100 ms.
     """
 
     reads_back = True
 
-    def __init__(self, least: int = 2 << 20, most: int = 8 << 20, rate: float = 80 << 20) -> None:
+    def __init__(self, least: int = 2 << 20, most: int = 16 << 20, rate: float = 160 << 20) -> None:
         self._least, self._most, self._rate = least, most, rate
 
     def budget(self, step: float) -> int:

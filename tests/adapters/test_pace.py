@@ -130,7 +130,7 @@ def shares(drive: Any, write_adapter: Any, tmp_path: Path, monkeypatch: pytest.M
     return driver, loader
 
 
-def test_who_waits_decides_the_share(shares: tuple[Any, Shares]) -> None:
+def test_who_waits_decides_the_share(shares: tuple[Any, Shares], monkeypatch: pytest.MonkeyPatch) -> None:
     driver, loader = shares
     driver.manager.pin_adapter(1, "a0", True)
     driver.manager.poll(16)
@@ -150,5 +150,9 @@ def test_who_waits_decides_the_share(shares: tuple[Any, Shares]) -> None:
     assert loader.told[-1] == library._SHARE_UNWAITED
     driver.manager.poll(0)
     assert loader.told[-1] == 1.0, "nothing runs"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(driver.manager.pool.uploads), "reads_back", False)
+        driver.manager.poll(16)
+        assert loader.told[-1] == 1.0, "the steps are a GPU's"
     loader.may.set()
     driver.until(lambda: 1 in driver.replies)
