@@ -132,7 +132,8 @@ class Loader:
                 return done
 
     def close(self) -> None:
-        """End the threads after the loads that they are at."""
+        """End the threads after the loads that they are at, which pause no more."""
+        self._pace.share = 1.0
         self._patient.close()
         self._urgent.close()
 
