@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorry.adapters.errors import MalformedAdapter
 from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.pace import Rest, no_rest
 from lorry.adapters.reading.base import BaseWeights
 from lorry.adapters.reading.checkpoint import LinearTensors
 from lorry.adapters.reading.methods import update_of
@@ -144,10 +145,15 @@ def canonicalise(
     base: BaseWeights,
     dtype: torch.dtype,
     revision: str,
+    rest: Rest = no_rest,
 ) -> CanonicalAdapter:
-    """The canonical form of checked tensors; raises MalformedAdapter for values that `dtype` cannot hold."""
+    """The canonical form of checked tensors; raises MalformedAdapter for values that `dtype` cannot hold.
+
+    rest: called between two linears.
+    """
     linears, rank, additive = {}, 0, True
     for linear, own in without_the_bases(tensors, layout, base).items():
+        rest()
         path = layout.module_path(*linear)
         update = update_of(linear, path, own, spec, base)
         replaces = own.weight is not None or own.rows is not None

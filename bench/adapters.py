@@ -166,7 +166,7 @@ class Beside:
     register_bytes: int
 
 
-def beside(plan: Plan, phases: int) -> Beside:
+def beside(plan: Plan, standing_rounds: int) -> Beside:
     """The server has FEW adapters of the usual rank and twice `cold` of twice the rank."""
     few = min(FEW, plan.pool)
     folder = plan.root / "beside"
@@ -189,7 +189,7 @@ def beside(plan: Plan, phases: int) -> Beside:
         forget_pages(folder)
         alone = asyncio.run(cold_start(target, cold, names[: plan.cold], nbytes, size))
         with_streams = asyncio.run(_cold_beside(target, streams, cold, names[plan.cold :], nbytes, size))
-        found = standing_by.bystanders(target, streams, size, guests, phases)
+        found = standing_by.bystanders(target, streams, size, guests, standing_rounds)
         seconds, taken = register(server, aside, folder)
     return Beside(found, alone, with_streams, seconds, taken)
 
@@ -335,7 +335,7 @@ def main(
         cold=cold,
     )
     results, starts = rounds(plan)
-    aside = beside(plan, phases=1 if quick else 4)
+    aside = beside(plan, standing_rounds=1 if quick else 9)
     floors = figures(results, aside)
     result = {
         "workload": asdict(workload) | {"adapters": list(plan.counts), "popularity": list(get_args(Popularity))},

@@ -65,6 +65,7 @@ _SIGNATURES: dict[str, list[type]] = {
         *(_POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
         *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
     ],
+    "copy_pieces": [_POINTER] * 4 + [_INT],
 }
 
 

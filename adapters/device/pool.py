@@ -25,6 +25,7 @@ from lorry.adapters.device.uploads import Uploads, uploads_to
 from lorry.adapters.errors import PoolTooSmall
 from lorry.adapters.layout import ENDS, Linear, ModelLayout
 from lorry.kernels.lora import VECTORS, AdapterPages, vectors_at
+from lorry.kernels.pieces import Piece
 
 
 @dataclass(eq=False, slots=True)
@@ -254,15 +255,17 @@ class PagePool:
         which it becomes here.
         """
         books = self._slots[slot]
-        copied = 0
-        while books.to_fill and (copied == 0 or copied < budget):
-            linear, index = books.to_fill[-1]
-            page = books.adapter.linears[linear].page(index)
-            offset = books.offsets[linear][index]
-            if not self.uploads.page(self.pages.arena[offset : offset + page.numel()], page):
+        pages: list[Piece] = []
+        size = 0
+        for linear, index in reversed(books.to_fill):
+            if pages and size >= budget:
                 break
-            books.to_fill.pop()
-            copied += page.nbytes
+            page = books.adapter.linears[linear].page(index)
+            pages.append((books.offsets[linear][index], page))
+            size += page.nbytes
+        done = self.uploads.pages(self.pages.arena, pages)
+        del books.to_fill[len(books.to_fill) - done :]
+        copied = sum(page.nbytes for _, page in pages[:done])
         if copied:
             books.copied = self.uploads.mark()
         if not books.resident and not books.to_fill and books.copied is not None and books.copied.query():

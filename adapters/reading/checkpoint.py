@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lorry.adapters.errors import MalformedAdapter, WrongBase
 from lorry.adapters.layout import ENDS, Linear, ModelLayout
+from lorry.adapters.pace import Rest, no_rest
 from lorry.adapters.reading.names import kind_of, unwrapped
 from lorry.adapters.reading.spec import AdapterSpec
 from lorry.adapters.reading.targets import EMBEDDING, HEAD, Targets, targets_of
@@ -82,11 +83,14 @@ class LinearTensors:
         return all(tensor is None for tensor in tensors)
 
 
-def read_linears(tensors: Mapping[str, Tensor], spec: AdapterSpec, layout: ModelLayout) -> dict[Linear, LinearTensors]:
-    """The linears of a file; raises MalformedAdapter, UnsupportedField or WrongBase."""
+def read_linears(
+    tensors: Mapping[str, Tensor], spec: AdapterSpec, layout: ModelLayout, rest: Rest = no_rest
+) -> dict[Linear, LinearTensors]:
+    """The linears of a file; raises MalformedAdapter, UnsupportedField or WrongBase. rest: called between two."""
     targets = targets_of(spec, layout)
     found: dict[Linear, Parts] = {}
     for name, tensor in tensors.items():
+        rest()
         linear, part = _parse(name, layout, spec)
         if part == "weight" and linear[0] == ENDS and linear not in targets.own:
             part = "saved"
@@ -110,6 +114,7 @@ def read_linears(tensors: Mapping[str, Tensor], spec: AdapterSpec, layout: Model
                 raise MalformedAdapter(f"{missing} is missing, the config means {path}", missing)
         if parts:
             linears[linear] = _checked(parts, linear, targets, spec, layout)
+            rest()
     return linears
 
 

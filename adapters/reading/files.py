@@ -1,19 +1,17 @@
-"""The files of an adapter folder, read once and whole, and the revision that their content has.
+"""The files of an adapter folder, read once and whole, and the revision that their content has (`revisions.py`).
 
     adapter_config.json and adapter_model.safetensors, or in its place an index and the shards that it names
 
-    revision = SHA-256 over, for each file in order of name: len(name) · name · len(content) · content
-
-with lengths as 8 bytes little-endian. What is parsed is what was hashed. The weights' header is checked against the
+What is parsed is what was hashed. The weights' header is checked against the
 file's size, and a shard's against the index, before memory is taken for the rest, so that a file which only claims to
 be large costs nothing. All files of weights together may be as large as one alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +21,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lorry.adapters.errors import MalformedAdapter, PathRefused
+from lorry.adapters.pace import Rest, no_rest
 from lorry.adapters.reading import listing
+from lorry.adapters.reading.revisions import FileState, Revisions, revision_of
 from lorry.adapters.reading.shards import INDEX_NAME, MAX_INDEX_BYTES, ShardIndex, is_shard
 from lorry.adapters.reading.spec import CONFIG_NAME, MAX_CONFIG_BYTES
 from lorry.adapters.reading.tensor_file import (
@@ -35,6 +35,8 @@ from lorry.adapters.reading.tensor_file import (
     parse_header,
     parse_tensors,
 )
+
+_PIECE = 256 << 10  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -79,23 +81,19 @@ class AdapterFiles:
         return {name: tensor for part in parts for name, tensor in part.items()}
 
 
-def revision_of(files: Sequence[tuple[str, bytes | bytearray]]) -> str:
-    """64 lower-case hexadecimal digits; files as (name, content)."""
-    digest = hashlib.sha256()
-    for name, content in sorted(files, key=lambda file: file[0]):
-        for part in (name.encode(), content):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def below(path: Path, roots: Sequence[Path]) -> bool:
     """Whether the real path `path` lies strictly below one of the real `roots`."""
     return any(root in path.parents for root in roots)
 
 
-def read_adapter(place: Place, max_weight_bytes: int) -> AdapterFiles:
-    """Read all files; raises MalformedAdapter for missing, too large and changing ones, PathRefused for strays."""
+def read_adapter(
+    place: Place, max_weight_bytes: int, revisions: Revisions | None = None, rest: Rest = no_rest
+) -> AdapterFiles:
+    """Read all files; raises MalformedAdapter for missing, too large and changing ones, PathRefused for strays.
+
+    revisions: those known already, which need not be computed. rest: called every millisecond of work, about.
+    """
+    begun = time.time() if revisions is None else revisions.now()
     contents: dict[str, bytearray] = {}
     statuses: dict[str, os.stat_result] = {}
     try:
@@ -117,14 +115,19 @@ def read_adapter(place: Place, max_weight_bytes: int) -> AdapterFiles:
     for name, tensors in expected.items():
         try:
             with _opened(place, name, left) as (file, statuses[name]):
-                weights[name] = _read_weights(file, statuses[name].st_size, name, tensors)
+                weights[name] = _read_weights(file, statuses[name].st_size, name, tensors, rest)
         except FileNotFoundError:
             raise listing.no_weights(place.folder, name) from None
         left -= statuses[name].st_size
     for name, status in statuses.items():
         if _state(os.stat(place.folder / name)) != _state(status):
             raise _changed(name)
-    revision = revision_of([*contents.items(), *((name, part.content) for name, part in weights.items())])
+    states = tuple((name, _state(status)) for name, status in sorted(statuses.items()))
+    revision = revisions.find(states) if revisions is not None else None
+    if revision is None:
+        revision = revision_of([*contents.items(), *((name, part.content) for name, part in weights.items())], rest)
+        if revisions is not None:
+            revisions.keep(states, revision, begun)
     if place.revision not in ("", revision):
         raise MalformedAdapter("what was fetched of the adapter is damaged by now: load it again, with replace")
     return AdapterFiles(contents[CONFIG_NAME], tuple(weights.values()), _metadata(metadata, weights), revision)
@@ -135,7 +138,7 @@ def _read(place: Place, name: str, max_bytes: int) -> tuple[bytearray, os.stat_r
         return _fill(file, bytearray(), status.st_size, name), status
 
 
-def _read_weights(file: FileIO, size: int, name: str, expected: frozenset[str] | None) -> Weights:
+def _read_weights(file: FileIO, size: int, name: str, expected: frozenset[str] | None, rest: Rest) -> Weights:
     head = _fill(file, bytearray(), min(size, PREFIX_BYTES), name)
     head = _fill(file, head, PREFIX_BYTES + header_bytes(bytes(head), size, name), name)
     header = parse_header(bytes(head), size, name)
@@ -144,7 +147,7 @@ def _read_weights(file: FileIO, size: int, name: str, expected: frozenset[str] |
         where = f"is not in {name}" if tensor in expected else f"is in {name}"
         told = "where" if tensor in expected else "which is not where"
         raise MalformedAdapter(f"{tensor[:200]!r} {where}, {told} {INDEX_NAME} says it is", tensor[:200])
-    return Weights(_fill(file, head, size, name), header)
+    return Weights(_fill(file, head, size, name, rest), header)
 
 
 def _metadata(of_index: dict[str, str], weights: dict[str, Weights]) -> dict[str, str]:
@@ -157,8 +160,8 @@ def _metadata(of_index: dict[str, str], weights: dict[str, Weights]) -> dict[str
     return metadata
 
 
-def _state(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _state(status: os.stat_result) -> FileState:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager
@@ -197,15 +200,16 @@ def _open(place: Place, name: str) -> FileIO:
     return file
 
 
-def _fill(file: FileIO, begun: bytearray, size: int, name: str) -> bytearray:
+def _fill(file: FileIO, begun: bytearray, size: int, name: str, rest: Rest = no_rest) -> bytearray:
     """`begun`, read on to `size` bytes."""
     if len(begun) == size:
         return begun
     content = bytearray(size)
     content[: len(begun)] = begun
     view, filled = memoryview(content), len(begun)
-    while filled < size and (count := file.readinto(view[filled:])):
+    while filled < size and (count := file.readinto(view[filled : filled + _PIECE])):
         filled += count
+        rest()
     if filled < size:
         raise _changed(name)
     return content

@@ -22,5 +22,7 @@ EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t 
                     const int64_t *offsets, const float *scaling, int64_t slot_stride, int64_t max_pages,
                     const int64_t *called, int64_t called_count, const int32_t *starts, const int32_t *slots,
                     const float *weights, int64_t segments, int64_t adapters);
+EXPORT int copy_pieces(char *target, const int64_t *offsets, const char *const *sources, const int64_t *sizes,
+                       int64_t count);
 
 #endif

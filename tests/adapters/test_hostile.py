@@ -135,11 +135,11 @@ def test_files_that_change_while_they_are_read(
 ) -> None:
     fill = files._fill
 
-    def disturbed(file: Any, begun: bytearray, size: int, of: str) -> bytearray:
+    def disturbed(file: Any, begun: bytearray, size: int, of: str, *rest: Any) -> bytearray:
         path = folder / name
         if of == name and change == "shortened":
             os.truncate(path, 5)
-        content = fill(file, begun, size, of)
+        content = fill(file, begun, size, of, *rest)
         if of == name and change == "touched":
             os.utime(path, (1, 1))
         elif of == name and change == "replaced":

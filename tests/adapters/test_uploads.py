@@ -267,4 +267,4 @@ def test_a_piece_is_free_when_its_event_has_passed(blocks: int, moves: list[int 
 
 def test_long_steps_have_more_copied_between_them() -> None:
     budgets = [AtOnce().budget(step) for step in (0.0, 0.001, 0.05, 0.08, 60.0)]
-    assert budgets == [2 << 20, 2 << 20, 4 << 20, int(6.4 * (1 << 20)), 8 << 20]
+    assert budgets == [2 << 20, 2 << 20, 8 << 20, int(12.8 * (1 << 20)), 16 << 20]

@@ -104,7 +104,7 @@ def test_floors() -> None:
         for popularity in ("uniform", "zipf")
     ]
     aside = bench.Beside(
-        latencies({"p99": 40.0}, {"p99": 49.0}, 9, 9.0),
+        latencies({"p99": 40.0}, {"p99": 90.0}, 9, 9.0, [(40.0, 49.0), (20.0, 30.0), (50.0, 60.0)], 99),
         cold(20, {"p50": 700.0}, {"p50": 250.0}),
         cold(20, {"p50": 900.0}, {"p50": 250.0}),
         4.9,
