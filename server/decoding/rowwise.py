@@ -84,6 +84,46 @@ def probabilities(logits: Tensor, temperatures: NDArray[np.float32]) -> Tensor:
     return torch.nn.functional.pad(p, (0, WIDTH - ragged)) if ragged else p
 
 
+def totals(
+    logits: Tensor, temperatures: NDArray[np.float32], with_energy: NDArray[np.bool_]
+) -> tuple[Doubles, Doubles]:
+    """M = Σ w and E = Σ w log w with w[t] = exp((z[t] - max z) / T).
+
+    logits: float32 [R, V]; temperatures: float32 [R], > 0; with_energy: bool [R], rows whose E is wanted, others get NaN
+    Returns float64 [R] each.
+    """
+    p = probabilities(logits, temperatures)
+    mass = cumulative_sums(p)[:, -1] / p.amax(dim=1).numpy()
+    energy = np.full(len(p), np.nan)
+    if (at := np.flatnonzero(with_energy)).size:
+        part = p if len(at) == len(p) else p[torch.from_numpy(at)]
+        entropy = -cumulative_sums(torch.special.xlogy(part, part))[:, -1]
+        energy[at] = mass[at] * (np.log(mass[at]) - entropy)
+    return mass, energy
+
+
+def deviations(logits: Tensor) -> Doubles:
+    """The standard deviation of each row's finite logits, 0 where there are none; float32 [R, V] -> float64 [R]."""
+    ragged = logits.shape[1] % WIDTH
+    body = torch.nn.functional.pad(logits, (0, WIDTH - ragged)) if ragged else logits
+    count = np.full(len(logits), logits.shape[1])
+    mean = cumulative_sums(body)[:, -1] / count
+    forbidding = np.flatnonzero(~np.isfinite(mean))
+    mean[forbidding] = 0.0
+    apart = logits - torch.from_numpy(mean.astype(np.float32))[:, None]
+    apart.mul_(apart)
+    body = torch.nn.functional.pad(apart, (0, WIDTH - ragged)) if ragged else apart
+    sigma: Doubles = np.sqrt(cumulative_sums(body)[:, -1] / count)
+    for row in forbidding:
+        sigma[row] = _finite_deviation(logits[row].numpy())
+    return sigma
+
+
+def _finite_deviation(row: NDArray[np.float32]) -> float:
+    finite = row[row > -np.inf].astype(np.float64)
+    return float(finite.std()) if finite.size else 0.0
+
+
 def cumulative_sums(p: Tensor) -> Doubles:
     """Sums of all elements up to the end of each span of `WIDTH`: float32 within a span, float64 over spans.
 
