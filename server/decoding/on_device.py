@@ -8,8 +8,8 @@ of distinct tokens from the host's tables: 8 bytes a token. The one token that t
 the device, where `penalize` counts it in.
 
 Memory on the device: the parameters, `sample`'s statistics (about a thirtieth of the logits), and, where only some rows
-ask for log-probabilities or processors change logits, those rows' logits once more. Rows with the cuts that `sample` does
-not know have their vocabulary sorted by torch, with about fifty bytes for each of their logits: a first form, right
+ask for log-probabilities or processors change logits, those rows' logits once more. Rows with cuts that `sample` does
+not know have their vocabulary sorted by torch, with about a hundred bytes for each of their logits: a first form, right
 rather than fast, which only such rows pay for. All of it lasts for the step.
 
 What Triton compiles for does not depend on the rows: `sample` is two kernels, `penalize` one.

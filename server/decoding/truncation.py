@@ -7,9 +7,9 @@ The cuts in their order, that of transformers' warpers, each on what the ones be
 transformers has no top-nσ; it stands where llama.cpp has it, before the others. One file for each in `cuts/`.
 
 Rows do not sort the vocabulary. The largest 128 values come from block maxima; if what is left lies beyond them, the
-largest 2048 from a partition; only a row that keeps more than that, or whose cuts need sums that the list does not tell,
-has its vocabulary sorted. A draw goes through what is left in the order of falling z; in rows that keep 2048 tokens or
-more, and in those of top-k, top-p and min-p alone that no list decides, in the order of the token ids.
+largest 2048 from a partition; only a row that keeps more, or whose cuts need sums that the list does not tell, has its
+vocabulary sorted. A draw goes through what is left in the order of falling z; in rows that keep 2048 tokens or more,
+and in those of top-k, top-p and min-p alone that no list decides, in the order of the token ids.
 
 Sums run in float64 from the largest down, and how a row is done depends on that row only, so that its draw has the same
 bits in any batch.

@@ -201,7 +201,7 @@ def test_equal_tokens_share_the_nucleus() -> None:
         ({"top_n_sigma": 1.5}, 1.1),
         ({"top_k": 100, "top_p": 0.9, "min_p": 0.05}, 0.9),
         (
-            {"top_n_sigma": 2.0, "top_k": 100, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9, "epsilon_cutoff": 1e-3},
+            {"top_n_sigma": 2.0, "top_k": 99, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9, "eta_cutoff": 1e-3},
             0.9,
         ),
     ],
