@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lorry.kernels.sampling import TINY, Draws, SamplingRows, TokenValues, penalize, sample
 from lorry.kernels.transfer import Readback, to_device
+from lorry.server.decoding.allowed_tokens import restrict_at
 from lorry.server.decoding.cuts.left import Left
 from lorry.server.decoding.cuts.top_n_sigma import deviation
 from lorry.server.decoding.interface import Continuation, Row
@@ -84,7 +85,9 @@ def begin(
     if asking and (lists is not None or cutting or len(asking) < len(rows)):
         raw = raw.index_select(0, places)
     if lists is not None:
-        starts, ids, values, count_starts, count_ids, counts, repetition, presence, frequency, counting = told
+        starts, ids, values, count_starts, count_ids, counts, repetition, presence, frequency, counting, *limits = told
+        if len(limits[0]):
+            restrict_at(logits, *limits)
         news = torch.full_like(seeds, -1) if last is None else torch.where(counting, last, -1)
         bias = TokenValues(starts, ids, values)
         penalize(logits, bias, TokenValues(count_starts, count_ids, counts), repetition, presence, frequency, news)

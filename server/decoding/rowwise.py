@@ -89,8 +89,8 @@ def totals(
 ) -> tuple[Doubles, Doubles]:
     """M = Σ w and E = Σ w log w with w[t] = exp((z[t] - max z) / T).
 
-    logits: float32 [R, V]; temperatures: float32 [R], > 0; with_energy: bool [R], rows whose E is wanted, others get NaN
-    Returns float64 [R] each.
+    logits: float32 [R, V]; temperatures: float32 [R], > 0; with_energy: bool [R], rows that need E
+    Returns float64 [R] each, NaN for an E that nobody needs.
     """
     p = probabilities(logits, temperatures)
     mass = cumulative_sums(p)[:, -1] / p.amax(dim=1).numpy()

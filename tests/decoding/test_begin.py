@@ -15,10 +15,10 @@ from torch import Tensor
 from lorry.kernels import dispatch
 from lorry.server.decoding.interface import Continuation, Row, Strategy
 from lorry.server.decoding.lists import token_lists
-from lorry.server.decoding.processors import LogitBias, MinNewTokens, Penalties, Processors
+from lorry.server.decoding.processors import Processors, default_chain
 from lorry.server.decoding.sampling import Sampling
 from lorry.server.decoding.truncation import extended
-from lorry.server.params import StoppingParams
+from lorry.server.params import Dry, Mirostat, StoppingParams
 
 MakeRow = Callable[..., Row]
 VOCABULARY = 151  # no multiple of a block
@@ -45,6 +45,8 @@ KINDS: list[dict[str, Any]] = [
     {"top_n_sigma": 1.5, "top_k": 30, "min_p": 0.001, "typical_p": 0.8, "temperature": 1e-60},
     {"top_n_sigma": 1.0, "temperature": 3.0},
     {"temperature": 0.0, "typical_p": 0.3, "top_n_sigma": 0.1},
+    {"allowed_token_ids": (3, EOS, 150, 9), "bad_words": ((9,), (3,)), "minimum": 4, "logit_bias": {3: 9.0}},
+    {"allowed_token_ids": (EOS, 11), "minimum": 9, "repetition_penalty": 1.4, "logprobs": 2},
     {"logit_bias": {150: 2.5}, "repetition_penalty": 1.3, "frequency_penalty": 1.2, "top_p": 0.7, "logprobs": 1},
 ]
 
@@ -141,7 +143,7 @@ def test_a_run_ahead_of_the_host_gives_the_tokens_of_one_that_waits(
 ) -> None:
     """With forks, preemptions and pauses, in which nothing is unread, and batches of changing rows."""
     generator = np.random.default_rng(8)
-    kinds = [KINDS[place] for place in (0, 6, 7, 9, 11, 15, 16)]
+    kinds = [KINDS[place] for place in (0, 6, 7, 9, 11, 15, 16, 19)]
     waiting, ahead = Sampling(), Sampling()
     known: list[list[int]] = [[] for _ in kinds]  # what the host has read, in the run ahead
     told: list[list[int]] = [[] for _ in kinds]  # of the run that waits
@@ -271,9 +273,16 @@ class Forbid:
 
 
 def test_what_cannot_begin_is_decided(make_row: MakeRow, monkeypatch: pytest.MonkeyPatch) -> None:
-    strategy = Sampling(Processors([LogitBias(), Penalties(), MinNewTokens(), Forbid()]))
+    strategy = Sampling(Processors([*default_chain(), Forbid()]))
     rows = [make_row(key=0, logprobs=2, temperature=0.0), make_row(key=1, logprobs=2, repetition_penalty=1.5)]
     assert [strategy.can_begin(row) for row in rows] == [True, False]
+    waiting: list[dict[str, Any]] = [
+        {"mirostat": Mirostat()},
+        {"dry": Dry(1.0)},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words": ((1,), (2, 3))},
+    ]
+    assert not any(Sampling().can_begin(make_row(**each)) for each in waiting)
     z = logits_of(4, 2)
     wanted = strategy.decide(rows, z.clone())
     assert wanted[1].token_ids == (0,)
