@@ -73,3 +73,4 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     logprob: float
     rank: int  # 1: it was the most likely token
     top: tuple[TokenLogprob, ...] = ()
+    entropy: float | None = None  # of the distribution, in nats; where it was asked for

@@ -45,13 +45,14 @@ class Chosen:
         self.tokens = tokens
         self._asking = asking
         self._top = [rows[place].logprobs or 0 for place in asking]
+        self._entropies = [rows[place].entropy for place in asking]
         self._readback = Readback(tokens) if table is None else Readback(tokens, table)
 
     def continuations(self) -> list[Continuation]:
         tokens, *tables = self._readback.wait()
         found = {}
         if tables:
-            found = dict(zip(self._asking, reports(tables[0], self._top), strict=True))
+            found = dict(zip(self._asking, reports(tables[0], self._top, self._entropies), strict=True))
         return [
             Continuation(place, (token,), (found[place],) if place in found else None)
             for place, token in enumerate(tokens.tolist())
@@ -97,7 +98,8 @@ def begin(
     table = None
     if asking:
         wanted = tokens if len(asking) == len(rows) else tokens.index_select(0, places)
-        table = figures(raw, wanted, max(rows[place].logprobs or 0 for place in asking))
+        entropies = any(rows[place].entropy for place in asking)
+        table = figures(raw, wanted, max(rows[place].logprobs or 0 for place in asking), entropies)
     return Chosen(rows, tokens, asking, table)
 
 

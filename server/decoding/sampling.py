@@ -55,15 +55,14 @@ class Sampling(Strategy):
         tokens = choose(rows, logits, self.mirostat)
         if raw is None:
             return [Continuation(place, (token,)) for place, token in enumerate(tokens)]
-        reports = dict(
-            zip(
-                asking,
-                token_logprobs(
-                    raw, [tokens[place] for place in asking], [rows[place].logprobs or 0 for place in asking]
-                ),
-                strict=True,
-            )
+        asked = [rows[place] for place in asking]
+        found = token_logprobs(
+            raw,
+            [tokens[place] for place in asking],
+            [row.logprobs or 0 for row in asked],
+            [row.entropy for row in asked],
         )
+        reports = dict(zip(asking, found, strict=True))
         return [
             Continuation(place, (token,), (reports[place],) if place in reports else None)
             for place, token in enumerate(tokens)
