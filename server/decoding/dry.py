@@ -46,28 +46,27 @@ def penalized(tokens: Ids, dry: Dry) -> Entries:
     """Which tokens are penalized, and by how much. tokens: int32 [L], the text so far."""
     nothing = NO_IDS, np.empty(0, np.float32)
     tokens = tokens[-dry.range :] if dry.range else tokens
-    run = _unbroken(tokens[-LONGEST:], dry.sequence_breakers)
-    if run < dry.allowed_length or len(tokens) < 2:
+    run = _unbroken(tokens[-LONGEST:].tolist(), dry.sequence_breakers)
+    if run < dry.allowed_length:
         return nothing
     places = np.flatnonzero(tokens[:-1] == tokens[-1])  # where runs end, before the end of the text
-    places = places[~np.isin(tokens[places + 1], dry.sequence_breakers)]
-    length = 1
-    found: list[tuple[Ids, int]] = []  # what follows runs of at least so many tokens, shorter ones first
-    while places.size and length <= run:
+    longest: dict[int, int] = {}  # by what follows the run
+    for length in range(1, run + 1):
+        if not places.size:
+            break
         if length >= dry.allowed_length:
-            found.append((tokens[places + 1], length))
+            longest |= dict.fromkeys(tokens[places + 1].tolist(), length)
         places = places[places >= length]
         if length < run:
             places = places[tokens[places - length] == tokens[-1 - length]]
-        length += 1
-    longest = {int(token): length for ids, length in found for token in np.unique(ids)}
+    for breaker in dry.sequence_breakers:
+        longest.pop(breaker, None)
     if not longest:
         return nothing
     exponents = np.array(list(longest.values()), np.float64) - dry.allowed_length
     return np.array(list(longest), np.int32), (dry.multiplier * dry.base**exponents).astype(np.float32)
 
 
-def _unbroken(tokens: Ids, breakers: tuple[int, ...]) -> int:
+def _unbroken(tokens: list[int], breakers: tuple[int, ...]) -> int:
     """How many tokens at the end hold no breaker."""
-    broken = np.flatnonzero(np.isin(tokens, breakers))
-    return len(tokens) - 1 - int(broken[-1]) if broken.size else len(tokens)
+    return next((back for back, token in enumerate(reversed(tokens)) if token in breakers), len(tokens))

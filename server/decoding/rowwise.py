@@ -103,25 +103,32 @@ def totals(
 
 
 def deviations(logits: Tensor) -> Doubles:
-    """The standard deviation of each row's finite logits, 0 where there are none; float32 [R, V] -> float64 [R]."""
-    ragged = logits.shape[1] % WIDTH
-    body = torch.nn.functional.pad(logits, (0, WIDTH - ragged)) if ragged else logits
-    count = np.full(len(logits), logits.shape[1])
-    mean = cumulative_sums(body)[:, -1] / count
-    forbidding = np.flatnonzero(~np.isfinite(mean))
-    mean[forbidding] = 0.0
-    apart = logits - torch.from_numpy(mean.astype(np.float32))[:, None]
-    apart.mul_(apart)
-    body = torch.nn.functional.pad(apart, (0, WIDTH - ragged)) if ragged else apart
-    sigma: Doubles = np.sqrt(cumulative_sums(body)[:, -1] / count)
-    for row in forbidding:
-        sigma[row] = _finite_deviation(logits[row].numpy())
-    return sigma
+    """The standard deviation of each row's finite logits, 0 where there are none; float32 [R, V] -> float64 [R].
+
+    Distances are taken from the row's largest logit, so that float32 holds them: one pass less than from the mean. Row
+    by row, each in the cache, is three times as fast as all rows at once.
+    """
+    padded = np.zeros(-(-logits.shape[1] // WIDTH) * WIDTH, np.float32)
+    return np.array([_deviation(row, padded) for row in logits.numpy()], np.float64)
 
 
-def _finite_deviation(row: NDArray[np.float32]) -> float:
-    finite = row[row > -np.inf].astype(np.float64)
-    return float(finite.std()) if finite.size else 0.0
+def _deviation(row: NDArray[np.float32], padded: NDArray[np.float32]) -> float:
+    """padded: scratch, zeros behind the row."""
+    apart = padded[: len(row)]
+    top, count = row.max(), len(row)
+    if top == -np.inf:
+        return 0.0
+    np.subtract(row, top, out=apart)
+    mean = float(np.add.reduce(apart))
+    if mean == -np.inf:
+        forbidden = np.isneginf(apart)
+        apart[forbidden] = 0.0
+        count -= np.count_nonzero(forbidden)
+        mean = float(np.add.reduce(apart))
+    mean /= count
+    spans = padded.reshape(-1, WIDTH)
+    squares = float(np.einsum("sw,sw->s", spans, spans).sum(dtype=np.float64))
+    return max(squares / count - mean**2, 0.0) ** 0.5
 
 
 def cumulative_sums(p: Tensor) -> Doubles:
