@@ -93,7 +93,7 @@ def _mirostat(wire: generation_pb2.SamplingParams, temperature: float) -> Mirost
         raise InvalidField(f"{path} is set with temperature 0; accepted: one of the two", field=path)
     for name in CUTS:
         off = OFF.get(name, 0)
-        if wire.HasField(name) and getattr(wire, name) != off:  # type: ignore[arg-type]
+        if wire.HasField(name) and getattr(wire, name) != off:
             raise refuse(f"{PATH}.{name}", getattr(wire, name), f"{off:g} (off) beside mirostat, which cuts by itself")
     return Mirostat(
         tau=_positive(f"{path}.tau", settings.tau if settings.HasField("tau") else 5.0, 20),
