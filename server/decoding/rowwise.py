@@ -7,6 +7,8 @@ ms. Hence numpy, which shares the memory of a tensor on the CPU; no other tensor
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -96,9 +98,11 @@ def totals(
     mass = cumulative_sums(p)[:, -1] / p.amax(dim=1).numpy()
     energy = np.full(len(p), np.nan)
     if (at := np.flatnonzero(with_energy)).size:
-        part = p if len(at) == len(p) else p[torch.from_numpy(at)]
-        entropy = -cumulative_sums(torch.special.xlogy(part, part))[:, -1]
-        energy[at] = mass[at] * (np.log(mass[at]) - entropy)
+        part, z = (p, logits) if len(at) == len(p) else (p[torch.from_numpy(at)], logits[torch.from_numpy(at)])
+        below = torch.zeros_like(part)  # E / M = Σ p (z - max z) / T: 16 × 49,152 take a tenth of the time of p log p
+        below[:, : z.shape[1]] = z - z.amax(dim=1, keepdim=True)
+        below.clamp_(min=-1e30).mul_(part)
+        energy[at] = mass[at] * cumulative_sums(below)[:, -1] / temperatures[at]
     return mass, energy
 
 
@@ -123,12 +127,12 @@ def _deviation(row: NDArray[np.float32], padded: NDArray[np.float32]) -> float:
     if mean == -np.inf:
         forbidden = np.isneginf(apart)
         apart[forbidden] = 0.0
-        count -= np.count_nonzero(forbidden)
+        count -= int(np.count_nonzero(forbidden))
         mean = float(np.add.reduce(apart))
     mean /= count
     spans = padded.reshape(-1, WIDTH)
     squares = float(np.einsum("sw,sw->s", spans, spans).sum(dtype=np.float64))
-    return max(squares / count - mean**2, 0.0) ** 0.5
+    return math.sqrt(max(squares / count - mean**2, 0.0))
 
 
 def cumulative_sums(p: Tensor) -> Doubles:

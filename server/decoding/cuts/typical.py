@@ -22,7 +22,7 @@ def cut(left: Left, mass: Tensor) -> None:
     surprise = log_total[:, None] - left.scaled
     inside = left.inside()
     distance = torch.where(inside, (surprise - entropy[:, None]).abs(), torch.inf)
-    nearest = distance.argsort(dim=1, stable=True)
+    nearest = distance.argsort(dim=1)  # equals in any order: they stay or go together
     cumulative = torch.where(inside, left.weights, 0.0).gather(1, nearest).cumsum(1)
     last = (cumulative < (mass * total)[:, None]).sum(1).clamp(max=left.listed - 1)
     limit = distance.gather(1, nearest).gather(1, last[:, None])
