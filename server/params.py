@@ -8,6 +8,23 @@ from __future__ import annotations
 import msgspec
 
 
+class Mirostat(msgspec.Struct, frozen=True):
+    """A threshold on surprise that a sequence moves by itself; see `decoding/mirostat.py`."""
+
+    tau: float = 5.0  # bits
+    eta: float = 0.1
+
+
+class Dry(msgspec.Struct, frozen=True):
+    """A penalty on what would lengthen a repetition; see `decoding/dry.py`."""
+
+    multiplier: float
+    base: float = 1.75
+    allowed_length: int = 2
+    sequence_breakers: tuple[int, ...] = ()  # token ids
+    range: int = 0  # how many of the newest tokens are looked at; 0: all
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """How the next token is chosen. The defaults switch every part off but plain sampling."""
 
@@ -15,10 +32,19 @@ class SamplingParams(msgspec.Struct, frozen=True):
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    top_n_sigma: float = 0.0  # 0: off
+    mirostat: Mirostat | None = None
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    dry: Dry | None = None
+    no_repeat_ngram_size: int = 0  # 0: off
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids each
+    allowed_token_ids: tuple[int, ...] = ()  # (): all
     seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
     n: int = 1
 
@@ -47,3 +73,4 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     logprob: float
     rank: int  # 1: it was the most likely token
     top: tuple[TokenLogprob, ...] = ()
+    entropy: float | None = None  # of the distribution, in nats; where it was asked for

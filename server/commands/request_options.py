@@ -44,7 +44,57 @@ MinP = Annotated[
     _option("--min-p", panel=_SAMPLING, help="Keep tokens at least this many times as likely as the top one."),
 ]
 TypicalP = Annotated[
-    float | None, _option("--typical-p", panel=_SAMPLING, help="Locally typical sampling; not served yet.")
+    float | None,
+    _option("--typical-p", panel=_SAMPLING, help="Keep the tokens of most usual surprise up to this probability."),
+]
+EpsilonCutoff = Annotated[
+    float | None, _option("--epsilon-cutoff", panel=_SAMPLING, help="Keep tokens of at least this probability.")
+]
+EtaCutoff = Annotated[
+    float | None,
+    _option("--eta-cutoff", panel=_SAMPLING, help="The same, but less where the distribution is flat."),
+]
+TopNSigma = Annotated[
+    float | None,
+    _option("--top-n-sigma", panel=_SAMPLING, help="Keep tokens so many standard deviations below the top logit."),
+]
+MirostatOption = Annotated[
+    str | None,
+    _option(
+        "--mirostat",
+        panel=_SAMPLING,
+        metavar="TAU[,ETA]",
+        help="Mirostat 2.0: bits of surprise a token, and how fast it gets there (0.1).",
+    ),
+]
+DryOption = Annotated[
+    str | None,
+    _option(
+        "--dry",
+        panel=_SAMPLING,
+        metavar="MULTIPLIER[,BASE[,LENGTH[,RANGE]]]",
+        help="DRY: penalize what lengthens a repetition; 0.8,1.75,2,0 is usual.",
+    ),
+]
+DryBreakers = Annotated[
+    list[str] | None,
+    _option("--dry-breaker", panel=_SAMPLING, metavar="TEXT", help="No repetition reaches over it; repeat for more."),
+]
+NoRepeatNgramSize = Annotated[
+    int | None,
+    _option("--no-repeat-ngram-size", panel=_SAMPLING, help="No so many tokens in a row come twice."),
+]
+BadWords = Annotated[
+    list[str] | None,
+    _option("--bad-word", panel=_SAMPLING, metavar="TEXT", help="Text that must not come; repeat for more."),
+]
+BadWordIds = Annotated[
+    list[str] | None,
+    _option("--bad-word-ids", panel=_SAMPLING, metavar="ID,ID,…", help="The same by token ids; repeat for more."),
+]
+AllowedTokenIds = Annotated[
+    list[int] | None,
+    _option("--allowed-token-id", panel=_SAMPLING, metavar="ID", help="Only such tokens come; repeat for more."),
 ]
 Seed = Annotated[
     int | None,
@@ -101,6 +151,9 @@ Logprobs = Annotated[
 PromptLogprobs = Annotated[
     bool, _option("--prompt-logprobs", panel=_ANSWER, help="Log-probabilities of the prompt's tokens too.")
 ]
+Entropy = Annotated[
+    bool, _option("--entropy", panel=_ANSWER, help="The distribution's entropy with each log-probability.")
+]
 IncludePrompt = Annotated[bool, _option("--include-prompt", panel=_ANSWER, help="Begin the text with the prompt.")]
 IncludeStop = Annotated[
     bool, _option("--include-stop", panel=_ANSWER, help="End the text with the stop text that ended it.")
@@ -125,6 +178,12 @@ def spec(adapters: list[str] | None, **options: Any) -> generation_pb2.Generatio
     message = generation_pb2.GenerationSpec(adapters=adapter_refs(adapters))
     if biases := options.pop("logit_bias", None):
         message.sampling.logit_bias.update(dict(values.biased_token(text) for text in biases))
+    _set_mirostat(message.sampling, options.pop("mirostat", None))
+    _set_dry(message.sampling, options.pop("dry", None), options.pop("dry_breakers", None) or [])
+    for text in options.pop("bad_words", None) or []:
+        message.sampling.bad_words.add(text=text)
+    for text in options.pop("bad_word_ids", None) or []:
+        message.sampling.bad_words.add().token_ids.ids.extend(values.numbers(text, int, "--bad-word-ids"))
     if (limit := options.pop("time_limit", None)) is not None:
         message.stopping.time_limit.FromNanoseconds(round(limit * 1e9))
     parts = (message, message.sampling, message.stopping, message.response)
@@ -141,3 +200,32 @@ def spec(adapters: list[str] | None, **options: Any) -> generation_pb2.Generatio
             option = "--" + name.replace("_", "-")
             raise typer.BadParameter(f"{value} does not fit {option}") from None
     return message
+
+
+def _set_mirostat(sampling: generation_pb2.SamplingParams, text: str | None) -> None:
+    if text is not None:
+        _set_in_order(sampling.mirostat, ("tau", "eta"), values.numbers(text, float, "--mirostat"), "--mirostat")
+
+
+def _set_dry(sampling: generation_pb2.SamplingParams, text: str | None, breakers: list[str]) -> None:
+    if text is None:
+        if breakers:
+            raise typer.BadParameter("--dry-breaker needs --dry")
+        return
+    names = ("multiplier", "base", "allowed_length", "range")
+    _set_in_order(sampling.dry, names, values.numbers(text, float, "--dry"), "--dry")
+    sampling.dry.sequence_breakers.extend(breakers)
+
+
+def _set_in_order(message: Any, names: tuple[str, ...], numbers: list[float], option: str) -> None:
+    """Set the first fields of a message."""
+    if len(numbers) > len(names):
+        raise typer.BadParameter(f"{option} takes {', '.join(names)}")
+    for name, value in zip(names, numbers, strict=False):
+        whole = message.DESCRIPTOR.fields_by_name[name].type == message.DESCRIPTOR.fields_by_name[name].TYPE_UINT32
+        try:
+            if whole and value != int(value):
+                raise ValueError
+            setattr(message, name, int(value) if whole else value)
+        except (ValueError, OverflowError):
+            raise typer.BadParameter(f"{value:g} does not fit {name} of {option}") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import typer
 
@@ -51,3 +53,14 @@ def biased_token(text: str) -> tuple[int, float]:
         return int(token), float(bias)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no bias; write TOKEN_ID=BIAS") from None
+
+
+Number = TypeVar("Number", int, float)
+
+
+def numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:
+    """Numbers of `5,0.1`; raises typer.BadParameter, which names the option."""
+    try:
+        return [kind(piece) for piece in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} does not fit {option}: numbers separated by commas") from None

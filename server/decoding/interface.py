@@ -12,8 +12,9 @@ name a row's next token without the host in between offers it; the default is th
 
 How the strategies of the field fit:
 
-**Sampling, greedy** (`sampling.py`). One continuation with one token per row. They can begin, whatever their
-parameters are; beams, candidates and drafts, of which the host forks and truncates sequences, cannot.
+**Sampling, greedy** (`sampling.py`). One continuation with one token per row. They can begin, whatever the cuts of
+their distribution are; but mirostat, whose next cut depends on what was drawn, and beams, candidates and drafts, of
+which the host forks and truncates sequences, cannot.
 
 **n > 1, best of n.** n sequences share the prompt's blocks from the start and differ by `Row.index`, which
 the random draws depend on. Best of n keeps the sum of log-probabilities per `Row.key` and ends the group with
@@ -42,10 +43,12 @@ otherwise) and returns one continuation with m + 1 tokens. The loop truncates th
 was accepted. The draws of a rejection come from their own stream of the counter-based generator
 (`lorry.kernels.philox`), so seeds still decide.
 
-**Grammars, bad words, allowed tokens.** A `Processor` changes the logits before anything is chosen: a grammar
-keeps its matcher per `Row.key`, derives it again from the tokens when it meets a new key, and writes -inf for
-the whole batch at once from one bit mask. With drafts it gets one `Row` per logits row, whose output includes
-the draft so far. A matcher needs each token on the host, so such rows cannot begin.
+**Grammars, bad words, allowed tokens.** A `Processor` changes the logits before anything is chosen:
+no-repeat-ngram, DRY and bad words of several tokens look at the text so far, which has to be on the host; bad words of
+one token and allowed tokens begin as lists. A grammar keeps its matcher per `Row.key`, derives it again from the tokens
+when it meets a new key, and writes -inf for the whole batch at once from one bit mask. With drafts it gets one `Row`
+per logits row, whose output includes the draft so far. A matcher needs each token on the host, so such rows cannot
+begin.
 
 **Guidance.** A request is two sequences of one group: the second one has another combo (no adapter) or
 another prompt, and its whole output is `held`. decide mixes their two logits rows, and continues both with
@@ -77,6 +80,7 @@ class Row:
     prompt_token_ids, output_token_ids: read only. Preemption moves nothing from one to the other
     eos_token_ids: of the model, whether or not the request ignores them
     logprobs: None: none; k: report the chosen token's log-probability and the k most likely tokens
+    entropy: report the entropy with each log-probability
     draft_token_ids: proposals whose logits follow the row's own in this step
     """
 
@@ -90,6 +94,7 @@ class Row:
     eos_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     draft_token_ids: Sequence[int] = ()
+    entropy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """What the processors do to the logits of a batch, as lists of tokens that travel to the device with the parameters.
 
-    z[t] += added[t]           bias, and -inf for what must not end the sequence yet
+    z[t] = -inf                but for the allowed tokens, in rows that have such a set; 0 for all of these, and no more
+                               where a row would be left none
+    z[t] += added[t]           bias, and -inf for bad words of one token and what must not end the sequence yet
     penalties on t             for each distinct token t of prompt and output, with its count in the output
 
 The host's tables hold all tokens but the one that a step ahead of the host leaves unread; `penalize` counts that one in
@@ -16,19 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorry.server.decoding.bans import Bans
 from lorry.server.decoding.interface import Row
-from lorry.server.decoding.processors import (
-    Entries,
-    Floats,
-    Ids,
-    LogitBias,
-    MinNewTokens,
-    Penalties,
-    Processors,
-    check_inside,
-    ending,
-    penalties,
-)
+from lorry.server.decoding.logit_bias import LogitBias
+from lorry.server.decoding.penalties import Penalties, penalties
+from lorry.server.decoding.processors import Processors
+from lorry.server.decoding.scatter import NO_IDS, Entries, Floats, Ids, check_inside
 
 NOTHING: Entries = (np.empty(0, np.int32), np.empty(0, np.float32))
 
@@ -40,21 +35,29 @@ class TokenLists:
     added, counted: starts int32 [R + 1], token ids int32 [E], numbers float32 [E]
     penalties: float32 [3, R], repetition, presence, frequency; off in rows that ask for none
     counting: bool [R], rows with penalties that have an unread token
+    limited: int64 [A], rows with a set of allowed tokens; allowed: int64 [E], these, as places in all logits in a
+        row; zeroed: bool [E], those that get 0
     """
 
     added: tuple[NDArray[np.int32], Ids, Floats]
     counted: tuple[NDArray[np.int32], Ids, Floats]
     penalties: Floats
     counting: NDArray[np.bool_]
+    limited: NDArray[np.int64]
+    allowed: NDArray[np.int64]
+    zeroed: NDArray[np.bool_]
 
     def arrays(self) -> list[NDArray[Any]]:
         """The fields in their order, tuples and rows one by one."""
-        return [*self.added, *self.counted, *self.penalties, self.counting]
+        return [*self.added, *self.counted, *self.penalties, self.counting, self.limited, self.allowed, self.zeroed]
 
 
 def listed(processors: Processors, row: Row) -> bool:
     """Whether lists can say all that a row's processors do; constant for the life of the row."""
-    return all(isinstance(processor, LogitBias | Penalties | MinNewTokens) for processor in processors.of(row))
+    return all(
+        isinstance(processor, LogitBias | Penalties) or (isinstance(processor, Bans) and processor.fixed(row))
+        for processor in processors.of(row)
+    )
 
 
 def token_lists(
@@ -70,6 +73,7 @@ def token_lists(
     added, counted = [NOTHING] * len(rows), [NOTHING] * len(rows)
     parameters = np.tile(np.array([[1.0], [0.0], [0.0]], np.float32), (1, len(rows)))
     counting = np.zeros(len(rows), np.bool_)
+    allowed, zeroed = [NO_IDS] * len(rows), np.zeros(len(rows), np.bool_)
     for place, (row, more) in enumerate(zip(rows, unread, strict=True)):
         for processor in processors.of(row):
             if isinstance(processor, LogitBias):
@@ -79,9 +83,24 @@ def token_lists(
                 counted[place] = table.token_ids, table.counts
                 parameters[:, place] = penalties(row)
                 counting[place] = more > 0
-            elif len(row.output_token_ids) + more < row.stopping.min_new_tokens:
-                added[place] = _forbidding(added[place], ending(row, vocabulary))
-    return TokenLists(_ragged(added, vocabulary), _ragged(counted, vocabulary), parameters, counting)
+            elif isinstance(processor, Bans):
+                allowed[place] = processor.allowed(row)
+                banned = processor.banned_at(row, len(row.output_token_ids) + more, vocabulary)
+                if processor.leave_none(row, banned, vocabulary):
+                    allowed[place], zeroed[place] = processor.allowed_or_all(row, vocabulary), True
+                    added[place], counted[place], counting[place] = NOTHING, NOTHING, False
+                elif len(banned):
+                    added[place] = _forbidding(added[place], banned)
+    limited = np.flatnonzero([len(ids) > 0 for ids in allowed])
+    return TokenLists(
+        _ragged(added, vocabulary),
+        _ragged(counted, vocabulary),
+        parameters,
+        counting,
+        limited,
+        _places(limited, [allowed[place] for place in limited], vocabulary),
+        np.repeat(zeroed, [len(ids) for ids in allowed]),
+    )
 
 
 def _forbidding(added: Entries, token_ids: Ids) -> Entries:
@@ -91,6 +110,12 @@ def _forbidding(added: Entries, token_ids: Ids) -> Entries:
     forbidden = np.unique(token_ids)
     infinite = np.full(len(forbidden), -np.inf, np.float32)
     return np.concatenate((ids[others], forbidden)), np.concatenate((values[others], infinite))
+
+
+def _places(rows: NDArray[np.int64], token_ids: Sequence[Ids], vocabulary: int) -> NDArray[np.int64]:
+    joined = np.concatenate((NO_IDS, *token_ids))
+    check_inside(joined, vocabulary)
+    return np.repeat(rows * vocabulary, [len(ids) for ids in token_ids]) + joined
 
 
 def _ragged(rows: Sequence[Entries], vocabulary: int) -> tuple[NDArray[np.int32], Ids, Floats]:

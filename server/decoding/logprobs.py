@@ -1,6 +1,7 @@
 """Log-probabilities of tokens, as the model gives them.
 
     logprob[t] = z[t] - log Σ exp z        rank[t] = 1 + number of tokens with larger z
+    entropy = -Σ p log p                   p = exp logprob, in nats
 
 z are the raw logits: before temperature, penalties, bias and truncation (what vLLM calls raw log-probabilities),
 so that the figure does not depend on how the token was chosen and equals what scoring the same text would give.
@@ -26,21 +27,26 @@ CELLS = 2**22  # logits in work at once on a GPU: about 5 bytes for each
 BLOCK = 32  # logits under one maximum, where the most likely ones are looked for on a GPU
 
 
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: Sequence[int]) -> list[TokenLogprobs]:
+def token_logprobs(
+    logits: Tensor, token_ids: Sequence[int], top: Sequence[int], entropies: Sequence[bool] = ()
+) -> list[TokenLogprobs]:
     """The log-probability of one token per row, its rank, and the most likely tokens.
 
     logits: float32 [R, V], raw; not changed
     token_ids: R ids below V
     top: how many of the most likely tokens each row reports, most likely first, of equals the smallest id
         first
+    entropies: whether each row reports its entropy; (): none does
     """
+    entropies = entropies or [False] * len(top)
     if dispatch.on_gpu(logits):
         (ids,) = to_device([np.array(token_ids, np.int64)], logits.device)
-        return reports(figures(logits, ids, max(top, default=0)).cpu(), top)
+        table = figures(logits, ids, max(top, default=0), any(entropies))
+        return reports(table.cpu(), top, entropies)
     found: list[TokenLogprobs] = []
     for start in range(0, len(logits), CHUNK):
         rows = slice(start, start + CHUNK)
-        found += _chunk(logits[rows], token_ids[rows], top[rows])
+        found += _chunk(logits[rows], token_ids[rows], top[rows], entropies[rows])
     return found
 
 
@@ -54,16 +60,18 @@ def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[
     return token_logprobs(logits, token_ids, [top] * len(token_ids))
 
 
-def figures(logits: Tensor, token_ids: Tensor, top: int) -> Tensor:
+def figures(logits: Tensor, token_ids: Tensor, top: int, entropies: bool = False) -> Tensor:
     """As `token_logprobs`, one table on the device of the logits; the host reads nothing.
 
     logits: float32 [R, V], raw; not changed
     token_ids: int64 [R], below V; top: how many of the most likely tokens, K = min(top, V)
-    Returns float64 [R, 3 + 2 K]: the token, its log-probability, its rank; the K ids, their log-probabilities.
+    entropies: whether rows report theirs
+    Returns float64 [R, 4 + 2 K]: the token, its log-probability, its rank, the entropy; the K ids, their
+    log-probabilities.
     """
     rows, vocabulary = logits.shape
     top = min(top, vocabulary)
-    table = torch.empty(rows, 3 + 2 * top, dtype=torch.float64, device=logits.device)
+    table = torch.empty(rows, 4 + 2 * top, dtype=torch.float64, device=logits.device)
     step = max(1, CELLS // vocabulary)
     for start in range(0, rows, step):
         part, ids = logits[start : start + step], token_ids[start : start + step, None]
@@ -72,21 +80,25 @@ def figures(logits: Tensor, token_ids: Tensor, top: int) -> Tensor:
         into[:, :1] = ids
         into[:, 1:2] = logprobs.gather(1, ids)
         into[:, 2] = (part > part.gather(1, ids)).sum(dim=1) + 1
+        into[:, 3] = _entropy(logprobs) if entropies else torch.nan
         if top:
             best = _best(part, top)
-            into[:, 3 : 3 + top] = best
-            into[:, 3 + top :] = logprobs.gather(1, best)
+            into[:, 4 : 4 + top] = best
+            into[:, 4 + top :] = logprobs.gather(1, best)
     return table
 
 
-def reports(table: Tensor, top: Sequence[int]) -> list[TokenLogprobs]:
-    """What `figures` found, on the host; top: how many of the most likely tokens each row reports."""
-    widest = (table.shape[1] - 3) // 2
+def reports(table: Tensor, top: Sequence[int], entropies: Sequence[bool]) -> list[TokenLogprobs]:
+    """What `figures` found, on the host.
+
+    top, entropies: how many of the most likely tokens each row reports, and whether its entropy
+    """
+    widest = (table.shape[1] - 4) // 2
     found = []
-    for (token, logprob, rank, *best), count in zip(table.tolist(), top, strict=True):
+    for (token, logprob, rank, entropy, *best), count, asked in zip(table.tolist(), top, entropies, strict=True):
         pairs = zip(best[:widest][:count], best[widest:][:count], strict=True)
         likely = tuple(TokenLogprob(int(token_id), value) for token_id, value in pairs)
-        found.append(TokenLogprobs(int(token), logprob, int(rank), likely))
+        found.append(TokenLogprobs(int(token), logprob, int(rank), likely, entropy if asked else None))
     return found
 
 
@@ -119,14 +131,24 @@ def _first_largest(values: Tensor, count: int) -> Tensor:
     return width - 1 - (keys.topk(count, dim=1).values & 0xFFFFFFFF)
 
 
-def _chunk(logits: Tensor, token_ids: Sequence[int], top: Sequence[int]) -> Iterator[TokenLogprobs]:
+def _entropy(logprobs: Tensor) -> Tensor:
+    """-Σ p log p, float32 [R]; what is impossible adds nothing."""
+    return -torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0).sum(dim=1)
+
+
+def _chunk(
+    logits: Tensor, token_ids: Sequence[int], top: Sequence[int], entropies: Sequence[bool]
+) -> Iterator[TokenLogprobs]:
     logprobs = torch.log_softmax(logits, dim=1)
     ids = torch.tensor(list(token_ids))[:, None]
     chosen = logprobs.gather(1, ids)[:, 0].tolist()
     ranks = ((logits > logits.gather(1, ids)).sum(dim=1) + 1).tolist()
     best = _most_likely(logits, logprobs, max(top))
-    for token_id, logprob, rank, row, count in zip(token_ids, chosen, ranks, best, top, strict=True):
-        yield TokenLogprobs(token_id, logprob, rank, tuple(row[:count]))
+    measured = [
+        float(_entropy(row[None])[0]) if asked else None for row, asked in zip(logprobs, entropies, strict=True)
+    ]
+    for token_id, logprob, rank, row, count, entropy in zip(token_ids, chosen, ranks, best, top, measured, strict=True):
+        yield TokenLogprobs(token_id, logprob, rank, tuple(row[:count]), entropy)
 
 
 def _most_likely(logits: Tensor, logprobs: Tensor, count: int) -> list[list[TokenLogprob]]:

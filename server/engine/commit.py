@@ -172,7 +172,8 @@ class Committer:
         rows = range(scored.row, scored.row + len(scored.targets))
         for part, logits in self.runner.logits(output, rows):
             targets = scored.targets[part.start : part.stop]
-            request.prompt_logprobs += token_logprobs(logits, targets, [top] * len(targets))
+            entropies = [request.message.entropy] * len(targets)
+            request.prompt_logprobs += token_logprobs(logits, targets, [top] * len(targets), entropies)
 
     def _born(self, sequence: Sequence, now: float) -> list[Sequence]:
         """The sequences that go on from here: itself, and behind the prompt those that waited for it."""
@@ -285,6 +286,7 @@ class Committer:
             stopping=request.message.stopping,
             eos_token_ids=self.eos_token_ids,
             logprobs=request.message.logprobs,
+            entropy=request.message.entropy,
         )
 
     def _end(self, sequence: Sequence) -> None:

@@ -21,6 +21,8 @@ from typing import Literal
 
 import msgspec
 
+from lorry.server.params import Dry as Dry
+from lorry.server.params import Mirostat as Mirostat
 from lorry.server.params import SamplingParams as SamplingParams
 from lorry.server.params import StoppingParams as StoppingParams
 from lorry.server.params import TokenLogprob as TokenLogprob
@@ -65,6 +67,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     stopping: StoppingParams
     adapters: tuple[AdapterRef, ...] = ()
     logprobs: int | None = None  # None: none; k: the chosen token and the k most likely
+    entropy: bool = False  # report it with every log-probability
     prompt_logprobs_from: int | None = None  # report the log-probabilities of prompt tokens from this index on
     priority: int = 0  # higher first
     cache_salt: str = ""

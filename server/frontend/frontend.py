@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -40,6 +41,7 @@ from lorry.server.frontend.request import (
     TokenPrompt,
 )
 from lorry.server.frontend.requests import Entry, Requests
+from lorry.server.frontend.sampling_texts import tokenized
 from lorry.server.frontend.stop_strings import StopStrings
 from lorry.server.frontend.tokenizer import Tokenizer
 from lorry.server.observability.engine_stats import record
@@ -253,6 +255,7 @@ class EngineFrontend:
 
     def _handle(self, request: Request, entry: Entry, token_ids: Sequence[int], score_from: int | None) -> Handle:
         tokenizer, response = self._require_tokenizer(), request.response
+        request = replace(request, sampling=tokenized(request.sampling, request.texts, tokenizer))
         command = generate_command(request, entry.wire_id, token_ids, self.model_info)
         if score_from is not None:
             command = msgspec.structs.replace(command, prompt_logprobs_from=score_from, prompt_end=score_from)

@@ -51,7 +51,14 @@ def generate_command(request: Request, wire_id: str, prompt_token_ids: Sequence[
     if not prompt_token_ids:
         raise InvalidField("the prompt has no tokens", field="prompt")
     check_token_ids(prompt_token_ids, model.vocab_size, "prompt")
-    check_token_ids(request.sampling.logit_bias, model.vocab_size, "sampling.logit_bias")
+    sampling = request.sampling
+    check_token_ids(sampling.logit_bias, model.vocab_size, "sampling.logit_bias")
+    check_token_ids(sampling.allowed_token_ids, model.vocab_size, "sampling.allowed_token_ids")
+    for word in sampling.bad_words:
+        check_token_ids(word, model.vocab_size, "sampling.bad_words")
+    banned = {word[0] for word in sampling.bad_words if len(word) == 1}
+    if sampling.allowed_token_ids and banned.issuperset(sampling.allowed_token_ids):
+        raise InvalidField("all of allowed_token_ids are bad words", field="sampling.allowed_token_ids")
     if any(adapter.id == model.name for adapter in request.adapters):
         raise InvalidField(f"{model.name!r} is the base: leave adapters empty to use it", field="adapters.id")
     stopping = request.stopping
@@ -74,6 +81,7 @@ def generate_command(request: Request, wire_id: str, prompt_token_ids: Sequence[
         ),
         adapters=request.adapters,
         logprobs=request.response.logprobs,
+        entropy=request.response.entropy,
         prompt_logprobs_from=1 if request.response.prompt_logprobs and len(prompt_token_ids) > 1 else None,
         priority=request.priority,
         cache_salt=request.cache_salt,

@@ -57,6 +57,16 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingTexts:
+    """Text among the sampling parameters; its tokens join those of `Request.sampling` (`sampling_texts.py`)."""
+
+    bad_words: tuple[tuple[str, str], ...] = ()
+    """Each with the field that it came in."""
+    sequence_breakers: tuple[str, ...] = ()
+    """Of DRY; none: the usual ones, where the model has a tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
 class StoppingCriteria:
     """When a sequence ends; the first that applies ends it."""
 
@@ -84,6 +94,8 @@ class ResponseOptions:
     """The text of each sequence begins with the prompt's text."""
     include_stop: bool = False
     """The text ends with the stop string that ended it."""
+    entropy: bool = False
+    """The entropy of the distribution with each log-probability."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +106,7 @@ class Request:
     adapters: tuple[AdapterRef, ...] = ()
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(seed=fresh_seed()))
     """`seed` is always set; draw it with `fresh_seed` when the client gives none."""
+    texts: SamplingTexts = SamplingTexts()
     stopping: StoppingCriteria = StoppingCriteria()
     response: ResponseOptions = ResponseOptions()
     priority: int = 0

@@ -21,16 +21,12 @@ from lorry.server.frontend.request import (
     TextPrompt,
     TokenPrompt,
     fresh_request_id,
-    fresh_seed,
 )
-from lorry.server.params import SamplingParams
-from lorry.server.rpc import fields
+from lorry.server.rpc import fields, sampling
 from lorry.server.rpc.fields import refuse
 from lorry.v1 import adapter_pb2, control_pb2, generation_pb2
 
 MAX_ADAPTERS = 8
-MAX_BIASED_TOKENS = 1024
-MAX_SEQUENCES = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LENGTH = 256
 MAX_STOP_TOKENS = 64
@@ -57,7 +53,8 @@ def generation(spec: generation_pb2.GenerationSpec, present: bool, vocab_size: i
     return Request(
         prompt=_prompt(spec, vocab_size),
         adapters=adapter_refs("spec.adapters", spec.adapters),
-        sampling=_sampling(spec.sampling, vocab_size),
+        sampling=sampling.params(spec.sampling, vocab_size),
+        texts=sampling.texts(spec.sampling),
         stopping=_stopping(spec.stopping, vocab_size),
         response=_response(spec.response),
         priority=fields.integer("spec.priority", spec.priority, -1000, 1000),
@@ -129,49 +126,6 @@ def _adapter_ref(path: str, ref: generation_pb2.AdapterRef) -> AdapterRef:
     )
 
 
-def _sampling(params: generation_pb2.SamplingParams, vocab_size: int) -> SamplingParams:
-    path = "spec.sampling"
-    temperature = params.temperature if params.HasField("temperature") else 1.0
-    if temperature != 0:
-        fields.number(f"{path}.temperature", temperature, 0.001, 100, "0 (greedy), or 0.001 to 100")
-    top_p = params.top_p if params.HasField("top_p") else 1.0
-    if fields.number(f"{path}.top_p", top_p, 0, 1, "above 0, to 1") == 0:
-        raise refuse(f"{path}.top_p", top_p, "above 0, to 1")
-    if params.HasField("typical_p") and params.typical_p != 1:
-        raise refuse(f"{path}.typical_p", params.typical_p, "1 (off): typical sampling is not served yet")
-    repetition = params.repetition_penalty if params.HasField("repetition_penalty") else 1.0
-    n = params.n if params.HasField("n") else 1
-    fields.integer(f"{path}.n", n, 1, MAX_SEQUENCES)
-    if n > 1 and temperature == 0:
-        raise refuse(f"{path}.n", n, "1 with temperature 0: greedy sequences of one prompt are equal")
-    return SamplingParams(
-        temperature=temperature,
-        top_k=fields.integer(f"{path}.top_k", params.top_k, 0, vocab_size),
-        top_p=top_p,
-        min_p=fields.number(f"{path}.min_p", params.min_p, 0, 1),
-        repetition_penalty=fields.number(f"{path}.repetition_penalty", repetition, 0.01, 100),
-        presence_penalty=fields.number(f"{path}.presence_penalty", params.presence_penalty, -2, 2),
-        frequency_penalty=fields.number(f"{path}.frequency_penalty", params.frequency_penalty, -2, 2),
-        logit_bias=_logit_bias(f"{path}.logit_bias", dict(params.logit_bias), vocab_size),
-        seed=params.seed if params.HasField("seed") else fresh_seed(),
-        n=n,
-    )
-
-
-def _logit_bias(path: str, bias: dict[int, float], vocab_size: int) -> dict[int, float]:
-    if len(bias) > MAX_BIASED_TOKENS:
-        raise InvalidField(
-            f"{path} has {len(bias)} entries; accepted: at most {MAX_BIASED_TOKENS}",
-            field=path,
-            value=len(bias),
-        )
-    for token, value in bias.items():
-        if token >= vocab_size:
-            raise refuse(f"{path}[{token}]", token, f"token ids 0 to {vocab_size - 1}")
-        fields.number(f"{path}[{token}]", value, -100, 100)
-    return bias
-
-
 def _stopping(criteria: generation_pb2.StoppingCriteria, vocab_size: int) -> StoppingCriteria:
     path = "spec.stopping"
     most = criteria.max_new_tokens if criteria.HasField("max_new_tokens") else None
@@ -204,11 +158,14 @@ def _response(options: generation_pb2.ResponseOptions) -> ResponseOptions:
     logprobs = None
     if options.HasField("logprobs"):
         logprobs = fields.integer("spec.response.logprobs", options.logprobs, 0, MAX_LOGPROBS)
+    if options.entropy and logprobs is None:
+        raise refuse("spec.response.entropy", True, "false without logprobs: it comes with each log-probability")
     return ResponseOptions(
         logprobs=logprobs,
         prompt_logprobs=options.prompt_logprobs,
         include_prompt=options.include_prompt,
         include_stop=options.include_stop,
+        entropy=options.entropy,
     )
 
 

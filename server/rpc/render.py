@@ -31,6 +31,7 @@ def logprobs(entries: Iterable[TokenLogprobs]) -> list[generation_pb2.TokenLogpr
             logprob=entry.logprob,
             rank=entry.rank,
             top=[generation_pb2.TokenLogprob(token_id=rival.token_id, logprob=rival.logprob) for rival in entry.top],
+            entropy=entry.entropy,
         )
         for entry in entries
     ]

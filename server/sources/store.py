@@ -32,7 +32,7 @@ def default_root() -> Path:
 def revision_of(folder: Path, names: Iterable[str] | None = None) -> str:
     """The revision of a folder's files, all of them or those called so; raises OSError where one is no regular file.
 
-    The engine hashes what it has in memory (`lorry.adapters.reading.revisions.revision_of`); here nothing is held there.
+    The engine hashes what it has in memory (`lorry.adapters.reading.revisions`); here nothing is held there.
     """
     digest = hashlib.sha256()
     for name in sorted(os.listdir(folder) if names is None else names):

@@ -30,7 +30,11 @@ def test_chosen_rank_and_top(rows: int, vocabulary: int, ties: bool) -> None:
     chosen = [(7 * i + 3) % vocabulary for i in range(rows)]
     counts = [(0, 5, 1, 20)[i % 4] for i in range(rows)]
     reference = torch.log_softmax(logits.double(), dim=1)
-    for i, found in enumerate(token_logprobs(logits, chosen, counts)):
+    asked = [i % 3 < 2 for i in range(rows)]
+    entropies = torch.distributions.Categorical(logits=logits.double()).entropy()
+    for i, found in enumerate(token_logprobs(logits, chosen, counts, asked)):
+        assert (found.entropy is None) != asked[i]
+        assert not asked[i] or found.entropy == pytest.approx(float(entropies[i]), abs=3e-6)
         assert found.token_id == chosen[i]
         assert found.logprob == pytest.approx(float(reference[i, chosen[i]]), abs=2e-6)
         assert found.rank == 1 + int((logits[i] > logits[i, chosen[i]]).sum())

@@ -18,7 +18,7 @@ from lorry.server import errors
 from lorry.server.cli import app
 from lorry.server.commands import config_options, values
 from lorry.server.config import EngineConfig, ServerConfig
-from lorry.server.engine.messages import AdapterState
+from lorry.server.engine.messages import AdapterState, Dry, Mirostat
 from lorry.server.frontend.request import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 
 runner = CliRunner()
@@ -63,10 +63,12 @@ async def test_generate_prints_the_text(answering: Any, address: str) -> None:
 async def test_generate_hands_over_every_option(answering: Any, address: str) -> None:
     words = (
         "generate -s {} --adapter a --adapter b=-0.5 --request-id mine --priority -3 --cache-salt s "
-        "--temperature 0.5 --top-p 0.25 --top-k 7 --min-p 0.125 --typical-p 1 --seed 18446744073709551615 "
+        "--temperature 0.5 --top-p 0.25 --top-k 7 --min-p 0.125 --typical-p 0.75 --seed 18446744073709551615 "
+        "--epsilon-cutoff 0.5 --eta-cutoff 0.25 --top-n-sigma 1.5 --dry 0.5,2,3,9 --dry-breaker x "
+        "--no-repeat-ngram-size 4 --bad-word foo --bad-word-ids 5,6 --allowed-token-id 5 "
         "--repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 2 --logit-bias 3=-4.5 "
         "--logit-bias 5=6 --n 2 --max-new-tokens 9 --min-new-tokens 2 --stop x --stop y --stop-token-id 4 "
-        "--ignore-eos --time-limit 1.5 --logprobs 0 --prompt-logprobs --include-prompt --include-stop "
+        "--ignore-eos --time-limit 1.5 --logprobs 0 --prompt-logprobs --entropy --include-prompt --include-stop "
         "--timeout 60 --json --token-ids"
     )
     result = await lorry_cli(*words.format(address).split(), "1, 2 3")
@@ -84,10 +86,23 @@ async def test_generate_hands_over_every_option(answering: Any, address: str) ->
     penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
     assert penalties == (1.5, -1.0, 2.0)
     assert sampling.logit_bias == {3: -4.5, 5: 6.0}
+    cuts = (sampling.typical_p, sampling.epsilon_cutoff, sampling.eta_cutoff, sampling.top_n_sigma)
+    assert cuts == (0.75, 0.5, 0.25, 1.5)
+    assert (sampling.dry, request.texts.sequence_breakers) == (Dry(0.5, 2.0, 3, (), 9), ("x",))
+    assert (sampling.no_repeat_ngram_size, sampling.allowed_token_ids) == (4, (5,))
+    assert sampling.bad_words == ((5, 6),)
+    assert [text for text, _ in request.texts.bad_words] == ["foo"]
     assert (stopping.max_new_tokens, stopping.min_new_tokens, stopping.time_limit) == (9, 2, 1.5)
     assert (stopping.stop, stopping.stop_token_ids, stopping.ignore_eos) == (("x", "y"), (4,), True)
-    assert dataclasses.astuple(response) == (0, True, True, True)
+    assert dataclasses.astuple(response) == (0, True, True, True, True)
     assert request.deadline is not None
+
+
+async def test_generate_hands_over_mirostat(answering: Any, address: str) -> None:
+    assert (await lorry_cli("generate", "-s", address, "--mirostat", "4,0.25", "hello")).exit_code == 0
+    assert answering[0].request.sampling.mirostat == Mirostat(4.0, 0.25)
+    assert (await lorry_cli("generate", "-s", address, "--mirostat", "3", "hello")).exit_code == 0
+    assert answering[1].request.sampling.mirostat.tau == 3.0
 
 
 async def test_generate_chat_reads_stdin(answering: Any, address: str) -> None:
@@ -135,6 +150,11 @@ async def test_a_failure_is_one_line_and_exit_code_1(
         ["generate", "--token-ids", "one two"],
         ["generate", "--token-ids", "--chat", "1 2"],
         ["generate", "--no-such-option", "x"],
+        ["generate", "--mirostat", "5,0.1,3", "x"],
+        ["generate", "--dry", "1,2,2.5", "x"],
+        ["generate", "--dry", "1,2,-1", "x"],
+        ["generate", "--dry-breaker", "a", "x"],
+        ["generate", "--bad-word-ids", "1;2", "x"],
         ["serve", "--port", "65536"],
         ["serve", "--max-running", "0"],
         ["serve", "--kv-memory", "much"],

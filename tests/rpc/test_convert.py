@@ -11,7 +11,7 @@ import pytest
 from google.protobuf import text_format
 from google.protobuf.descriptor import Descriptor
 
-from lorry.server.engine.messages import AdapterRef
+from lorry.server.engine.messages import AdapterRef, Dry, Mirostat
 from lorry.server.errors import InvalidField
 from lorry.server.frontend.request import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 from lorry.server.rpc import convert
@@ -67,7 +67,33 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ("", "sampling.top_p", 1.0),
     ("sampling { top_k: 211 }", "sampling.top_k", 211),
     ("sampling { min_p: 1 }", "sampling.min_p", 1.0),
-    ("sampling { typical_p: 1 }", "sampling.top_p", 1.0),
+    ("sampling { typical_p: 0.25 }", "sampling.typical_p", 0.25),
+    ("", "sampling.typical_p", 1.0),
+    ("sampling { epsilon_cutoff: 0.125 }", "sampling.epsilon_cutoff", 0.125),
+    ("sampling { eta_cutoff: 0.5 }", "sampling.eta_cutoff", 0.5),
+    ("sampling { top_n_sigma: 100 }", "sampling.top_n_sigma", 100.0),
+    ("sampling { mirostat { } top_p: 1 top_k: 0 }", "sampling.mirostat", Mirostat(5.0, 0.1)),
+    ("sampling { mirostat { tau: 20 eta: 0.5 } }", "sampling.mirostat", Mirostat(20.0, 0.5)),
+    ("", "sampling.mirostat", None),
+    ("sampling { dry { } }", "sampling.dry", Dry(0.8, 1.75, 2, (), 0)),
+    (
+        "sampling { dry { multiplier: 100 base: 4 allowed_length: 50 range: 51 } }",
+        "sampling.dry",
+        Dry(100.0, 4.0, 50, (), 51),
+    ),
+    ('sampling { dry { sequence_breakers: ["a", "b"] } }', "texts.sequence_breakers", ("a", "b")),
+    ("sampling { no_repeat_ngram_size: 1024 }", "sampling.no_repeat_ngram_size", 1024),
+    (
+        'sampling { bad_words { token_ids { ids: [0, 210] } } bad_words { text: "x" } }',
+        "sampling.bad_words",
+        ((0, 210),),
+    ),
+    (
+        'sampling { bad_words { token_ids { ids: 1 } } bad_words { text: "x" } }',
+        "texts.bad_words",
+        (("x", "spec.sampling.bad_words[1].text"),),
+    ),
+    ("sampling { allowed_token_ids: [210, 0] }", "sampling.allowed_token_ids", (210, 0)),
     ("sampling { seed: 18446744073709551615 }", "sampling.seed", 2**64 - 1),
     ("sampling { seed: 0 }", "sampling.seed", 0),
     ("sampling { repetition_penalty: 0.25 }", "sampling.repetition_penalty", 0.25),
@@ -93,6 +119,7 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ("response { prompt_logprobs: true }", "response.prompt_logprobs", True),
     ("response { include_prompt: true }", "response.include_prompt", True),
     ("response { include_stop: true }", "response.include_stop", True),
+    ("response { entropy: true logprobs: 0 }", "response.entropy", True),
     ("priority: -1000", "priority", -1000),
     ("priority: 1000", "priority", 1000),
     ('cache_salt: "' + "ä" * 128 + '"', "cache_salt", "ä" * 128),
