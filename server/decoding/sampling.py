@@ -58,8 +58,6 @@ TINY = np.float32(1e-30)  # keeps a temperature that float32 would round to 0 a 
 class Sampling(Strategy):
     """The strategy of every request that names no other."""
 
-    needs_hidden_states = False
-
     def __init__(self, processors: Processors | None = None) -> None:
         self.processors = processors if processors is not None else Processors()
 

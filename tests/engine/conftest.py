@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,6 +21,7 @@ from lorry.server.engine.local import LocalEngine
 from lorry.server.engine.messages import AdapterRef, Generate, SamplingParams, StoppingParams
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model
+from lorry.server.params import Search
 
 SHAPE = {
     "vocab_size": 131,
@@ -74,6 +76,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.normal_(0, 1.1 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def dequantized(model_folder: Path) -> LlamaForCausalLM:
+    """transformers' model over the base that the engine serves: its linears rounded to NF4, in float32."""
+    model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.split(".")[-1] in SITES:
+                flat, state = bnb.quantize_4bit(module.weight.reshape(-1), quant_type="nf4", compress_statistics=True)
+                module.weight.copy_(bnb.dequantize_4bit(flat, state).view(module.weight.shape))
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -155,13 +169,15 @@ def generate(
     ignore_eos: bool = True,
     min_new: int = 0,
     time_limit: float | None = None,
+    search: Search | None = None,
+    shaping: dict[str, Any] | None = None,
     **rest: Any,
 ) -> Generate:
-    """A request in few words; greedy by default."""
+    """A request in few words; greedy by default. shaping: more of its SamplingParams."""
     return Generate(
         name,
         prompt,
-        SamplingParams(temperature=temperature, seed=seed, n=n),
+        SamplingParams(temperature=temperature, seed=seed, n=n, search=search, **(shaping or {})),
         StoppingParams(new, min_new, stop, ignore_eos, time_limit),
         tuple(AdapterRef(each, weight) for each, weight in (adapters or {}).items()),
         **rest,
