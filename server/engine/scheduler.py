@@ -282,8 +282,8 @@ class Scheduler:
             request = sequence.request
             if request.lease is not None and request.lease.absent:
                 continue
-            if sequence.status is Status.RUNNING or sequence.unread:  # it was preempted a moment ago
-                continue
+            if sequence.status in (Status.RUNNING, Status.FINISHED) or sequence.unread:
+                continue  # it came as the oldest, its request failed, or it was preempted a moment ago
             if sequence.width > slots or _comes_back(request):
                 break
             if unready >= MOST_UNREADY and request.wants in refused:
@@ -333,7 +333,8 @@ class Scheduler:
             headroom -= sum(own)
             if not any(own):  # all of the unit must have room
                 lengths = [len(each.output) for each in request.live]
-                cost = max(cost, _unit_blocks(request, lengths) + request.rows - len(lengths))
+                whole = _unit_blocks(request, lengths) + request.rows - len(lengths)
+                cost = max(cost, whole - len(match.blocks))
         if cost + headroom > self.allocator.available:
             table.release()
             return False

@@ -92,7 +92,7 @@ def ours(engine: LocalEngine, request: Generate, eos: tuple[int, ...]) -> Ranked
     return ranked(engine.generate(request)[0])
 
 
-@settings(max_examples=90, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_answers_and_scores_are_those_of_transformers(
     build: Any, generate: Any, dequantized: LlamaForCausalLM, data: st.DataObject
@@ -165,7 +165,7 @@ def diverse(
     return [(y, score) for score, y in best_of_all]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_diverse_groups_are_those_of_the_paper(
     build: Any, generate: Any, dequantized: LlamaForCausalLM, data: st.DataObject
@@ -259,7 +259,7 @@ MIX = [
 
 def mix(generate: Any) -> list[Generate]:
     return [
-        generate(str(number), prompt(10 + 7 * number, number), 26 - number, stop=(40, 41, 42), **wish)
+        generate(str(number), prompt(6 + 5 * number, number), 44 - number, stop=(40,), min_new=3 * number, **wish)
         for number, wish in enumerate(MIX)
     ]
 
@@ -303,8 +303,7 @@ def test_a_mixed_batch_gives_each_what_it_gets_alone(
     expect_same(engine, requests, solo(build, generate, alone))
 
 
-@pytest.mark.parametrize("blocks", [22, 26, 34])
-@pytest.mark.parametrize("priority", [0, 1])
+@pytest.mark.parametrize(("blocks", "priority"), [(16, 0), (17, 1)])
 def test_memory_pressure_changes_nothing(
     build: Any, generate: Any, alone: dict[str, Any], blocks: int, priority: int
 ) -> None:
@@ -316,28 +315,28 @@ def test_memory_pressure_changes_nothing(
     ]
     engine.send(*requests)
     preempted: set[str] = set()
-    for _ in range(3000):
-        busy = engine.step()
+    for _ in range(1500):
+        engine.step()
         engine.engine.scheduler.check()
         preempted |= {each.request.id for each in engine.engine.scheduler.waiting if each.status.value == "preempted"}
-        if not busy and not engine.engine.scheduler.requests and not engine.channel.commands:
+        if not engine.engine.scheduler.requests:
             break
-    assert not engine.engine.scheduler.requests, "a search starves"
+    starving = list(engine.engine.scheduler.requests)
+    engine.run(*(Abort(name) for name in starving))
+    assert not starving
     expect_same(engine, requests, solo(build, generate, alone))
     searches = {each.request_id for each in requests if each.sampling.search is not None}
-    assert blocks > 22 or preempted & searches, "no search was preempted"
+    assert preempted & searches, "no search was preempted"
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 3, 9, 20])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 15])
 @pytest.mark.parametrize("way", ["all", "first", "second", "deadline", "time limit"])
-@pytest.mark.parametrize("search", [BeamSearch(4), BeamSearch(4, groups=2, diversity_penalty=1.0)])
-def test_ends_from_outside(build: Any, generate: Any, steps: int, way: str, search: BeamSearch) -> None:
-    now = 1000.0
+def test_ends_from_outside(build: Any, generate: Any, steps: int, way: str) -> None:
+    now, search = 1000.0, BeamSearch(4, groups=2, diversity_penalty=1.0)
     engine: LocalEngine = build(token_budget=16)
     engine.engine.clock = lambda: now
     limits = {"deadline": {"deadline": now + 5}, "time limit": {"time_limit": 5.0}}.get(way, {})
-    whole = said(build().generate(generate("r", prompt(30), 40, n=2, search=search))[0])
-    engine.send(generate("r", prompt(30), 40, n=2, search=search, arrival=now, **limits))
+    engine.send(generate("r", prompt(30), 20, n=2, search=search, arrival=now, **limits))
     for _ in range(steps):
         engine.step()
     now += 6
@@ -360,13 +359,14 @@ def test_ends_from_outside(build: Any, generate: Any, steps: int, way: str, sear
         assert answer.completions[index].finish is FinishReason.ABORTED and not answer.tokens(index)
         engine.run()
         best = answer.completions[1 - index]
+        whole = said(build().generate(generate("r", prompt(30), 20, n=2, search=search))[0])
         assert (best.token_ids, best.finish) == (whole[0][0], whole[0][2])
     engine.run()
     assert engine.engine.scheduler.allocator.used == 0 and not engine.engine.scheduler.requests
     ends = [m.index for m in engine.messages if isinstance(m, Tokens) and m.finish is not None]
     assert sorted(ends) == ([] if way == "deadline" else [0, 1])
     strategy: Any = engine.engine.committer.strategy
-    assert not any(each._searches for each in [strategy.searches[BeamSearch]])
+    assert not strategy.searches[BeamSearch]._searches
 
 
 @pytest.mark.parametrize(
@@ -409,8 +409,8 @@ def test_fewer_answers_than_asked_for_leave_empty_ones(build: Any, generate: Any
     ]
     answers = engine.generate(*requests)
     assert [answer.error is not None for answer in answers] == [True, True, False, False, False]
-    for request, answer in zip(requests[2:], answers[2:], strict=True):  # those that were decided twice in one step
-        assert said(answer) == said(build().generate(request)[0])
+    wanted = {each.request_id: said(build().generate(each)[0]) for each in requests[2:]}
+    expect_same(engine, requests[2:], wanted)  # they were decided twice in one step
 
 
 def test_a_step_that_fails_is_run_search_by_search(build: Any, generate: Any) -> None:
@@ -420,7 +420,8 @@ def test_a_step_that_fails_is_run_search_by_search(build: Any, generate: Any) ->
         generate("c", prompt(20), 12, search=ContrastiveSearch(3, 0.6)),
         generate("g", prompt(9), 12),
     ]
-    expected = [said(answer) for answer in build().generate(requests[0], *requests[2:])]
+    good = [requests[0], *requests[2:]]
+    wanted = {each.request_id: said(answer) for each, answer in zip(good, build().generate(*good), strict=True)}
     engine: LocalEngine = build()
     forward = engine.engine.runner.forward
 
@@ -430,6 +431,5 @@ def test_a_step_that_fails_is_run_search_by_search(build: Any, generate: Any) ->
         return forward(batch)
 
     engine.engine.runner.forward = failing  # type: ignore[method-assign]
-    answers = engine.generate(*requests)
-    assert answers[1].error is not None
-    assert [said(answer) for answer in (answers[0], *answers[2:])] == expected
+    assert engine.generate(*requests)[1].error is not None
+    expect_same(engine, good, wanted)
