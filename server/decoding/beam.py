@@ -42,7 +42,7 @@ from torch import Tensor
 from lorry.server.decoding.interface import Continuation, Row, Strategy
 from lorry.server.decoding.largest import largest
 from lorry.server.decoding.logprobs import token_logprobs
-from lorry.server.decoding.processors import Processors, ending
+from lorry.server.decoding.processors import Ids, Processors, ending
 from lorry.server.params import BeamSearch, EarlyStopping, TokenLogprobs
 
 History = tuple["History", TokenLogprobs] | None  # of a beam's tokens, the last first; beginnings are shared
@@ -231,7 +231,7 @@ class BeamSearching(Strategy):
 
     @staticmethod
     def _choose(
-        search: Search, scores: Tensor, members: Sequence[int], ends: np.ndarray, last: bool
+        search: Search, scores: Tensor, members: Sequence[int], ends: Ids, last: bool
     ) -> tuple[list[Candidate], list[Candidate]]:
         """What goes on and what is finished, each the best first.
 
@@ -240,7 +240,8 @@ class BeamSearching(Strategy):
         """
         vocabulary = scores.shape[1]
         values, places = largest(scores, search.width * max(2, 1 + len(ends)))
-        going, finished = [], []
+        going: list[Candidate] = []
+        finished: list[Candidate] = []
         ending_tokens = set(ends.tolist())
         for rank, (value, place) in enumerate(zip(values, places.tolist(), strict=True)):
             member, token_id = divmod(place, vocabulary)

@@ -164,7 +164,8 @@ class Strategy(Protocol):
 
         When the result's `continuations` are asked for, every row's output is complete up to this step's token.
         """
-        raise NotImplementedError
+        error: Exception = NotImplementedError(f"{type(self).__name__} begins no row")
+        raise error
 
     def draft(self, rows: Sequence[Row], limit: int) -> list[tuple[int, ...]]:
         """Propose at most `limit` tokens for each row that will decode in the coming step; () is always right."""
@@ -173,7 +174,7 @@ class Strategy(Protocol):
     def observe(self, key: int, hidden_states: Tensor) -> None:
         """More hidden states [T, H] of the prompt of a sequence whose search `observes`, in order, each once, the last
         before it is first decided. The callee may keep a copy; the tensor is the engine's."""
-        raise NotImplementedError
+        return
 
     def conclude(self, rows: Sequence[Row]) -> list[Continuation]:
         """The time of a search is over between two steps: finals for what it has. Without any, what was shown is the

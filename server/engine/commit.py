@@ -244,13 +244,12 @@ class Committer:
         ways = [way for way in ways if not way.final]
         if not ways:
             self._drop(sequence, now)
-        if len(ways) > 1:  # what all of them show is shown once
-            shown = len(sequence.output) + min(len(way.token_ids) - way.held for way in ways)
-            self._show(sequence, min(shown, len(sequence.output)), now)
-        if sequence.status is Status.FINISHED:
             return
         forks: list[Sequence] = []
         if len(ways) > 1:
+            shown = len(sequence.output) + min(len(way.token_ids) - way.held for way in ways)
+            if self._show(sequence, min(shown, len(sequence.output)), now):  # by all of them, so once
+                return
             used = max(each.index for each in sequence.request.sequences)
             forks = [self._fork(sequence, used + number) for number in range(1, len(ways))]
         for each, way in zip([sequence, *forks], ways, strict=True):
@@ -263,8 +262,8 @@ class Committer:
             sequence.logprobs += way.logprobs
         self._show(sequence, len(sequence.output) - way.held, now)
 
-    def _show(self, sequence: Sequence, end: int, now: float) -> None:
-        """Show the output before `end`; the first token of it that ends the sequence is the last."""
+    def _show(self, sequence: Sequence, end: int, now: float) -> bool:
+        """Show the output before `end`; the first token of it that ends the sequence is the last. Whether one did."""
         finish: FinishReason | None = None
         for place in range(sequence.shown, end):
             if (finish := self._reason(sequence.request, sequence.output[place], place + 1)) is not None:
@@ -275,6 +274,7 @@ class Committer:
             self._tell(sequence, sequence.answer, finish, now, end)
         if finish is not None:
             self._finished(sequence)
+        return finish is not None
 
     def _answer(
         self, sequence: Sequence, way: Continuation, now: float, otherwise: FinishReason = FinishReason.LENGTH

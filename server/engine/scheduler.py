@@ -12,7 +12,7 @@ goes to the oldest, whatever its priority. A request whose adapters are not read
 are; whom `ready` lets in while others wait for room is the adapters' business.
 
 The sequences of a search are a unit: they decode in the same step or not at all, and are preempted together. They come
-back one after the other, each sharing by the prefix index what those before it have computed, and meanwhile nobody else
+back one after the other, each sharing what those before it have computed, and meanwhile nobody else
 is admitted; so at most one unit is partly in, and one that is alone always fits, which `add` has seen to.
 """
 
@@ -27,7 +27,7 @@ from typing import Protocol
 
 from lorry.server.cache.block_table import BlockTable
 from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator, blocks_for
-from lorry.server.cache.prefix import PrefixIndex
+from lorry.server.cache.prefix import Match, Node, PrefixIndex
 from lorry.server.engine.alarms import Alarms
 from lorry.server.engine.plan import Piece, Plan, first_share
 from lorry.server.engine.sequence import Lease, Request, Sequence, Status
@@ -89,12 +89,17 @@ def _remaining(sequence: Sequence) -> int:
     return sequence.length - sequence.computed - (len(sequence.unit) > 1)
 
 
+def _common(one: Sequence, other: Sequence) -> int:
+    """How many tokens both begin with, of those that are computed of the other; not the last of the one."""
+    most = min(one.length - 1, other.computed)
+    pairs = zip(one.tokens(0, most), other.tokens(0, most), strict=True)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), most)
+
+
 def _comes_back(request: Request) -> bool:
     """Whether one of a unit computes what the rest of the unit will share."""
     return request.search is not None and any(
-        each.status is Status.RUNNING
-        and (each.length - each.computed > 1 or each.registered < each.computed // BLOCK_SIZE)
-        for each in request.sequences
+        each.status is Status.RUNNING and each.length - each.computed > 1 for each in request.sequences
     )
 
 
@@ -322,7 +327,7 @@ class Scheduler:
             limit = min(limit, request.score_from - 1)
         if request.observed is not None and request.observed < len(request.prompt):
             limit = min(limit, request.observed)
-        match = self.index.match(request.namespace, sequence.tokens(0, limit))
+        match = self._of_unit(sequence) or self.index.match(request.namespace, sequence.tokens(0, limit))
         self.allocator.share(match.blocks)
         table = BlockTable(self.allocator, match.blocks)
         computed = len(match.blocks) * BLOCK_SIZE
@@ -342,6 +347,23 @@ class Scheduler:
         sequence.table, sequence.computed = table, computed
         sequence.registered, sequence.node = len(match.blocks), match.node
         return True
+
+    def _of_unit(self, sequence: Sequence) -> Match | None:
+        """What a sequence of a search shares with those of its unit that are back, from their blocks themselves: the
+        index may know others of the same content, or none."""
+        best, shared = 0, list[int]()
+        for each in sequence.request.sequences:
+            if sequence.request.search is not None and each.status is Status.RUNNING:
+                found = _common(sequence, each) // BLOCK_SIZE
+                if found >= best:
+                    best, shared = found, each.table.blocks[:found]
+        if not best:
+            return None
+        node: Node = sequence.request.namespace
+        for number, block in enumerate(shared):
+            tokens = sequence.tokens(number * BLOCK_SIZE, (number + 1) * BLOCK_SIZE)
+            node = self.index.insert(sequence.request.namespace.before(number, node), tokens, block)
+        return Match(shared, node)
 
     def _start(self, sequence: Sequence, plan: Plan, now: float) -> None:
         request = sequence.request

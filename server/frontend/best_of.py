@@ -84,8 +84,8 @@ class BestOfHandle:
         scored = sorted(((each.score(self._best_of.ranking), each) for each in ended), key=lambda pair: -pair[0])
         events: list[Event] = []
         for rank, (score, each) in enumerate(scored[: self._n]):
-            logprobs = {} if self._with_logprobs else {"logprobs": None}
-            events += [replace(delta, index=rank, **logprobs) for delta in each.deltas]
+            deltas = each.deltas if self._with_logprobs else [replace(delta, logprobs=None) for delta in each.deltas]
+            events += [replace(delta, index=rank) for delta in deltas]
             assert each.finished is not None
             events.append(replace(each.finished, index=rank, score=score))
         return events

@@ -95,7 +95,7 @@ def _required(
     message: generation_pb2.BeamSearch | generation_pb2.ContrastiveSearch | generation_pb2.BestOf,
     name: str,
 ) -> int:
-    if not message.HasField(name):  # type: ignore[arg-type]
+    if not message.HasField(name):
         raise InvalidField(f"{path} is not set; it is required", field=path)
     return int(getattr(message, name))
 
