@@ -18,10 +18,12 @@ from lorry.adapters.errors import MalformedAdapter
 from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.reading.base import BaseWeights
 from lorry.adapters.reading.checkpoint import LinearTensors
-from lorry.adapters.reading.methods import Update, update_of
+from lorry.adapters.reading.methods import update_of
+from lorry.adapters.reading.replaced import without_the_bases
 from lorry.adapters.reading.spec import AdapterSpec
 from lorry.adapters.reading.tensor_file import is_finite
-from lorry.kernels.lora import PAGE_RANK, SITES, vector_elements
+from lorry.adapters.reading.update import Update
+from lorry.kernels.lora import END_SITES, PAGE_RANK, SITES, vector_elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,15 +123,16 @@ def canonicalise(
 ) -> CanonicalAdapter:
     """The canonical form of checked tensors; raises MalformedAdapter for values that `dtype` cannot hold."""
     linears, rank, additive = {}, 0, True
-    for linear, own in tensors.items():
+    for linear, own in without_the_bases(tensors, layout, base).items():
         path = layout.module_path(*linear)
         update = update_of(linear, path, own, spec, base)
-        additive &= update.gain is None and own.bias is None
+        replaces = own.weight is not None or own.rows is not None
+        additive &= update.gain is None and own.bias is None and not replaces
         if update.a is None or update.b is None:
             pages = torch.empty(0, layout.page_elements(linear[1]), dtype=dtype)
         else:
             pages = to_pages(update.a, update.b, dtype)
-            rank = max(rank, update.a.shape[0])
+            rank = max(rank, 0 if replaces else update.a.shape[0])
         if not _fits(update, own, dtype) and not is_finite(pages):
             name = str(dtype).removeprefix("torch.")
             raise MalformedAdapter(f"{path} has values that are too large for the pool's {name}", path)
@@ -138,7 +141,7 @@ def canonicalise(
     return CanonicalAdapter(
         linears=linears,
         rank=rank,
-        target_modules=tuple(site for site in SITES if any(site == key[1] for key in linears)),
+        target_modules=tuple(site for site in (*SITES, *END_SITES) if any(site == key[1] for key in linears)),
         methods=spec.methods,
         revision=revision,
         additive=additive,

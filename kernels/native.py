@@ -60,6 +60,10 @@ _SIGNATURES: dict[str, list[type]] = {
         *(_POINTER, _INT, _POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
         *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
     ],
+    "lora_embed": [
+        *(_POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
+        *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
+    ],
 }
 
 

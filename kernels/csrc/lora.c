@@ -21,7 +21,8 @@
 
 struct page {
     const void *a, *b;
-    const float *x;
+    const float *x;     /* [rows][K]; NULL: */
+    const int64_t *ids; /* [rows], each stands for the vector that is one there and else zero */
     float *u; /* [rows][RANK], scaled */
     float scale;
     int64_t rows;
@@ -65,7 +66,17 @@ INLINE void shrink(const enum elem type, const struct page *p, int64_t k_count, 
         for (int r = 0; r < RANKS_AT_ONCE; r++) p->u[(row + m) * RANK + rank + r] = vf_sum(acc[m][r]) * p->scale;
 }
 
+INLINE void gather(const enum elem type, const struct page *p, int64_t k_count, int rank) {
+    for (int64_t row = 0; row < p->rows; row++)
+        for (int r = rank; r < rank + RANKS_AT_ONCE; r++)
+            p->u[row * RANK + r] = elem_load(type, p->a, r * k_count + p->ids[row]) * p->scale;
+}
+
 INLINE void shrink_all(const enum elem type, const struct page *p, int64_t k_count, int64_t ldx, int rank) {
+    if (p->ids) {
+        gather(type, p, k_count, rank);
+        return;
+    }
     int64_t row = 0;
     for (; row + SHRINK_ROWS <= p->rows; row += SHRINK_ROWS) shrink(type, p, k_count, ldx, rank, row, SHRINK_ROWS);
     if (SHRINK_ROWS > 2 && row + 2 <= p->rows) {
@@ -203,13 +214,13 @@ static void run(const struct work *w) {
     }
 }
 
-/* arena of `type`; offsets [slots][layers][sites][max_pages] and scaling [slots][layers][sites] begin at the wanted
+/* x, or ids where x is NULL; arena of `type`; offsets [slots][layers][sites][max_pages] and scaling [slots][layers][sites] begin at the wanted
  * layer, `slot_stride` sites apart from slot to slot; called: [called_count][3] of site index, first column of y,
  * width; starts [segments + 1], slots and weights [segments][adapters]. Returns -1 when memory is out. */
-EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t k_count, const void *arena, int64_t type,
-                    const int64_t *offsets, const float *scaling, int64_t slot_stride, int64_t max_pages,
-                    const int64_t *called, int64_t called_count, const int32_t *starts, const int32_t *slots,
-                    const float *weights, int64_t segments, int64_t adapters) {
+static int add(float *y, int64_t ldy, const float *x, int64_t ldx, const int64_t *ids, int64_t k_count,
+               const void *arena, int64_t type, const int64_t *offsets, const float *scaling, int64_t slot_stride,
+               int64_t max_pages, const int64_t *called, int64_t called_count, const int32_t *starts,
+               const int32_t *slots, const float *weights, int64_t segments, int64_t adapters) {
     static __thread struct scratch page_list, vector_list, target_list, shrunk;
     int64_t page_count = 0, vector_count = 0, target_count = 0, u_count = 0, cost = 0;
     struct page *pages = NULL;
@@ -250,7 +261,8 @@ EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t 
                         if (fill) {
                             pages[page_count] = (struct page){start,
                                                               elem_at((enum elem)type, start, RANK * k_count),
-                                                              x + row * ldx,
+                                                              x ? x + row * ldx : NULL,
+                                                              ids ? ids + row : NULL,
                                                               u + u_count,
                                                               weight * scaling[at],
                                                               rows};
@@ -277,4 +289,21 @@ EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t 
         run(&work);
     }
     return 0;
+}
+
+EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t k_count, const void *arena, int64_t type,
+                    const int64_t *offsets, const float *scaling, int64_t slot_stride, int64_t max_pages,
+                    const int64_t *called, int64_t called_count, const int32_t *starts, const int32_t *slots,
+                    const float *weights, int64_t segments, int64_t adapters) {
+    return add(y, ldy, x, ldx, NULL, k_count, arena, type, offsets, scaling, slot_stride, max_pages, called, called_count,
+               starts, slots, weights, segments, adapters);
+}
+
+/* The same for x of one-hot vectors, each 1 at one of `ids`, which are in [0, k_count). */
+EXPORT int lora_embed(float *y, int64_t ldy, const int64_t *ids, int64_t k_count, const void *arena, int64_t type,
+                      const int64_t *offsets, const float *scaling, int64_t slot_stride, int64_t max_pages,
+                      const int64_t *called, int64_t called_count, const int32_t *starts, const int32_t *slots,
+                      const float *weights, int64_t segments, int64_t adapters) {
+    return add(y, ldy, NULL, 0, ids, k_count, arena, type, offsets, scaling, slot_stride, max_pages, called, called_count,
+               starts, slots, weights, segments, adapters);
 }

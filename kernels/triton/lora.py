@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorry.kernels.lora import PAGE_RANK, AdapterPages, LoraTerm, Routes, Segments, Site, make_routes, shrink_splits
+from lorry.kernels.lora import EMBEDDING, PAGE_RANK, AdapterPages, LoraTerm, Routes, Segments, Site, make_routes
 from lorry.kernels.triton.common import FUSION, dot, rounded
 from lorry.kernels.triton.lora_routes import VECTORS, fill_routes, page_list
 
@@ -248,6 +248,27 @@ def lora_shrink_kernel(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["linear", "capacity", "pages"])
+def lora_gather_kernel(
+    token_ids, tiles, arena, page_offsets, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """partial[0, rows of a tile, 0, 16 p : 16 p + 16] = A_p[:, token_ids[rows]]; program (tile, page)."""
+    tile, page = tiles + tl.program_id(0) * 3, tl.program_id(1)
+    start, count, segment = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    if (count > 0) & (segment >= 0):
+        listed = page_offsets + page_list(segment, linear, LINEARS, pages)
+        offset = tl.load(listed + 1 + page)
+        if page < tl.load(listed).to(tl.int32):
+            ranks, local = tl.arange(0, RANK), tl.arange(0, TILE_ROWS)
+            row_mask = (local < count)[:, None]
+            tokens = tl.load(token_ids + start + local, mask=local < count, other=0)
+            columns = arena + offset + (ranks.to(tl.int64) * in_features)[None, :] + tokens[:, None]
+            place = (start.to(tl.int64) + local) * pages + page
+            gathered = tl.load(columns, mask=row_mask, other=0.0).to(tl.float32)
+            tl.store(partial + place[:, None] * RANK + ranks[None, :], gathered, mask=row_mask)
+
+
 @triton.jit(
     do_not_specialize=["linear", "capacity", "pages", "start_0", "start_1", "start_2", "size_0", "size_1", "size_2"]
 )
@@ -295,7 +316,7 @@ def lora_expand_kernel(
 def _arguments(term: LoraTerm) -> dict[str, Any]:
     routes = term.routes
     _, layers, sites, _ = routes.page_offsets.shape
-    splits = shrink_splits(term.in_features)
+    splits = term.splits
     assert routes.capacity * splits * len(term.sites) * routes.pages * PAGE_RANK <= routes.partial.numel(), (
         "these routes were not made for this product"
     )
@@ -343,7 +364,7 @@ def shrink_programs(term: LoraTerm | None) -> int:
     if term is None:
         return 0
     routes = term.routes
-    return routes.tile_count * len(term.sites) * routes.pages * shrink_splits(term.in_features)
+    return routes.tile_count * len(term.sites) * routes.pages * term.splits
 
 
 def lora_shrink(x: Tensor, term: LoraTerm) -> None:
@@ -356,6 +377,16 @@ def lora_shrink(x: Tensor, term: LoraTerm) -> None:
         x, x.stride(0), **shrink_arguments(term, x.dtype), STAGES=STAGES,
         num_warps=WARPS, num_stages=STAGES, **FUSION,
     )  # fmt: skip
+
+
+def lora_gather(token_ids: Tensor, term: LoraTerm) -> None:
+    """`lora_shrink` of one-hot vectors; token_ids: int64 [M], contiguous."""
+    if token_ids.shape[0] == 0 or term.routes.pages == 0:
+        return
+    routes = term.routes
+    lora_gather_kernel[routes.tile_count, routes.pages](
+        token_ids, routes.tiles, **_arguments(term), TILE_ROWS=routes.tile_rows, num_warps=1, num_stages=1, **FUSION
+    )
 
 
 def lora_expand(y: Tensor, term: LoraTerm) -> None:
@@ -405,3 +436,24 @@ def lora_add(
         term = LoraTerm(routes, pages, layer, run, in_features)
         lora_shrink(x, term)
         lora_expand(y, term)
+
+
+def lora_embed(
+    y: Tensor,
+    token_ids: Tensor,
+    vocab_size: int,
+    pages: AdapterPages,
+    segments: Segments,
+    routes: Routes | None = None,
+) -> None:
+    """As `lora.lora_embed`; routes: as in `lora_add`."""
+    rows = y.shape[0]
+    if rows == 0 or not segments.slots.numel():
+        return
+    if routes is None:
+        count, adapters = segments.slots.shape
+        routes = make_routes(rows, count, adapters * pages.offsets.shape[3], pages, [(1, 1)])
+        fill_routes(routes, segments, pages, rows)
+    term = LoraTerm(routes, pages, 0, (Site(EMBEDDING, 0, y.shape[1]),), vocab_size, one_hot=True)
+    lora_gather(token_ids.contiguous(), term)
+    lora_expand(y, term)

@@ -66,12 +66,16 @@ def _lines(name: str, report: Report, model: str) -> Iterator[str]:
         yield f"  warning   {warning}"
 
 
+_ENDS = (-1,)  # what `Report.modules` has of the embedding and the head
+
+
 def _modules(modules: dict[str, list[int]]) -> str:
-    """Sites that share their layers together: `q_proj, v_proj × 30 layers (60 linears)`."""
+    """Sites that share their layers together: `q_proj, v_proj × 30 layers; lm_head (61 linears)`."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for site, layers in modules.items():
         groups.setdefault(tuple(layers), []).append(site)
-    parts = [f"{', '.join(sites)} × {len(layers)} layers" for layers, sites in groups.items()]
+    times = {layers: "" if layers == _ENDS else f" × {len(layers)} layers" for layers in groups}
+    parts = [", ".join(sites) + times[layers] for layers, sites in groups.items()]
     count = sum(len(layers) for layers in modules.values())
     return "; ".join(parts) + f" ({count} linears)" if parts else ""
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lorry.kernels.lora import Segments
 from lorry.server.cache.block_table import Copy
@@ -64,9 +66,16 @@ class Batch:
 
 
 def build_batch(
-    pieces: SequenceOf[Piece], copies: SequenceOf[Copy], build_segments: Callable[[Runs], Segments]
+    pieces: SequenceOf[Piece],
+    copies: SequenceOf[Copy],
+    build_segments: Callable[[Runs], Segments],
+    build_end_segments: Callable[[Runs, Runs], Segments | None] = lambda runs, logits_runs: None,
 ) -> Batch:
-    """Tensors for at least one piece, in a plan's order. `build_segments` is called if any piece has an adapter."""
+    """Tensors for at least one piece, in a plan's order.
+
+    The builders are called if any piece has an adapter. build_end_segments: of the runs over the batch and over the
+    rows of logits makes the segments of the latter; None: no adapter changes the embedding or the head.
+    """
     count = len(pieces)
     starts = np.fromiter((piece.start for piece in pieces), np.int64, count)
     ends = np.fromiter((piece.end for piece in pieces), np.int64, count)
@@ -113,7 +122,9 @@ def build_batch(
             rows.append(int(cu_seqlens[s]) + np.arange(found.start, found.stop) - piece.start)
             next_row += len(found)
 
+    logits_rows = np.concatenate(rows) if len(rows) > 1 else rows[0]
     runs = combo_runs(pieces)
+    adapted = any(combo for _, combo in runs)
     inputs = ModelInputs(
         token_ids=torch.tensor(token_ids, dtype=torch.int64),
         positions=torch.from_numpy(positions),
@@ -121,9 +132,10 @@ def build_batch(
         cu_seqlens_q=torch.from_numpy(cu_seqlens),
         kv_lens=torch.from_numpy(ends.astype(np.int32)),
         block_tables=torch.from_numpy(block_tables),
-        segments=build_segments(runs) if any(combo for _, combo in runs) else None,
-        logits_rows=torch.from_numpy(np.concatenate(rows) if len(rows) > 1 else rows[0]),
+        segments=build_segments(runs) if adapted else None,
+        logits_rows=torch.from_numpy(logits_rows),
         max_query_len=int(lengths.max()),
+        logits_segments=build_end_segments(runs, runs_of_rows(runs, logits_rows)) if adapted else None,
         sources=_sources(unread, total) if unread else None,
     )
     deciding_pieces = tuple(pieces[s] for s in deciding)
@@ -150,6 +162,12 @@ def combo_runs(pieces: SequenceOf[Piece]) -> Runs:
                 rows += runs.pop()[0]
             runs.append((rows, combo))
     return tuple(runs)
+
+
+def runs_of_rows(runs: Runs, rows: NDArray[np.int64]) -> Runs:
+    """The runs of the batch's rows `rows`, taken in their order."""
+    owners = np.searchsorted(np.cumsum([count for count, _ in runs]), rows, side="right")
+    return tuple((len(list(group)), runs[owner][1]) for owner, group in groupby(owners.tolist()))
 
 
 def scored_targets(piece: Piece) -> range:

@@ -177,9 +177,9 @@ class Committer:
         """Log-probabilities of the prompt tokens whose logits this step has."""
         request = scored.request
         top = request.message.logprobs or 0
-        hidden = output.hidden[scored.row : scored.row + len(scored.targets)]
-        for start, logits in self.runner.prompt_logits(hidden):
-            targets = scored.targets[start : start + logits.shape[0]]
+        rows = range(scored.row, scored.row + len(scored.targets))
+        for part, logits in self.runner.logits(output, rows):
+            targets = scored.targets[part.start : part.stop]
             request.prompt_logprobs += token_logprobs(logits, targets, [top] * len(targets))
 
     def _observe(self, observed: Observed, output: Output) -> None:
@@ -223,11 +223,10 @@ class Committer:
             places = list(members)
             if sequences[places[0]].status is Status.FINISHED:  # with another row of its request
                 continue
-            states = hidden[[sources[place] for place in places]]
+            first, last = sources[places[0]], sources[places[-1]] + 1  # the rows of a search are adjacent
             try:
-                decided = self.strategy.decide(
-                    [rows[place] for place in places], self.runner.decoder.logits(states), states
-                )
+                ((_, own),) = self.runner.logits(output, range(first, last))
+                decided = self.strategy.decide([rows[place] for place in places], own, hidden[first:last])
             except Exception:
                 self.fault(sequences[places[0]].request)
             else:

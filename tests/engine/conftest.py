@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,6 +22,8 @@ from lorry.server.engine.messages import AdapterRef, Generate, SamplingParams, S
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model
 from lorry.server.params import Search
+
+sys.path.insert(0, str(Path(__file__).parent))  # peft_oracle.py serves several tests here
 
 SHAPE = {
     "vocab_size": 131,
@@ -80,14 +82,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dequantized(model_folder: Path) -> LlamaForCausalLM:
-    """transformers' model over the base that the engine serves: its linears rounded to NF4, in float32."""
-    model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if name.split(".")[-1] in SITES:
-                flat, state = bnb.quantize_4bit(module.weight.reshape(-1), quant_type="nf4", compress_statistics=True)
-                module.weight.copy_(bnb.dequantize_4bit(flat, state).view(module.weight.shape))
-    return model
+    """transformers' model over the base that the engine serves."""
+    from peft_oracle import rounded_base
+
+    return rounded_base(model_folder)
 
 
 @pytest.fixture(scope="session")

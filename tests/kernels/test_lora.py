@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels.lora import (
+    EMBEDDING,
     SITES,
     VECTORS,
     AdapterPages,
@@ -14,6 +15,8 @@ from lorry.kernels.lora import (
     Site,
     lora_add,
     lora_add_reference,
+    lora_embed,
+    lora_embed_reference,
     vector_elements,
 )
 
@@ -114,6 +117,28 @@ def test_equals_the_reference_and_its_solo_row(
         assert torch.equal(solo[0], y[i]), i
         if rows[i] == NONE:
             assert torch.equal(y[i], base[i])
+
+
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize(("vocabulary", "hidden", "dtype"), [(211, 33, torch.float32), (97, 80, torch.bfloat16)])
+def test_embeddings_are_products_with_one_hot_vectors(
+    popularity: str, vocabulary: int, hidden: int, dtype: torch.dtype, relative_rms: Measure
+) -> None:
+    pages = pool(vocabulary, {SITES[EMBEDDING]: hidden}, dtype)
+    rows = POPULARITY[popularity]
+    token_ids, base = torch.randint(vocabulary, (len(rows),)), torch.randn(len(rows), hidden)
+    token_ids[0] = vocabulary - 1
+    expected, y, plain = base.clone(), base.clone(), base.clone()
+    x = torch.nn.functional.one_hot(token_ids, vocabulary).float()
+    lora_add_reference(expected, x, pages, 0, (Site(EMBEDDING, 0, hidden),), segments(rows))
+    lora_embed_reference(plain, token_ids, vocabulary, pages, segments(rows))
+    lora_embed(y, token_ids, vocabulary, pages, segments(rows))
+    assert relative_rms(plain, expected) < 1e-6
+    assert relative_rms(y, expected) < 1e-6
+    for i in range(0, len(rows), 5):
+        solo = base[i : i + 1].clone()
+        lora_embed(solo, token_ids[i : i + 1], vocabulary, pages, segments(rows[i : i + 1]))
+        assert torch.equal(solo[0], y[i]), i
 
 
 def test_columns_between_sites_and_rows_of_no_segment_stay(relative_rms: Measure) -> None:

@@ -159,7 +159,7 @@ def test_searches_equal_transformers_and_the_paper(
     """Beams by transformers' generate, tokens and scores; contrastive search by its equation."""
     model, ids = dequantized(smollm2_folder), tokenizer.encode("The lighthouse keeper opened the door and").ids
     beams = [(BeamSearch(4), 2, False), (BeamSearch(3, 0.0, EarlyStopping.NEVER), 1, "never")]
-    contrastive, count = ContrastiveSearch(4, 0.6), 10
+    contrastive, count = ContrastiveSearch(4, 0.6), 6
     searches: list[tuple[Search, int]] = [*((search, n) for search, n, _ in beams), (contrastive, 1)]
     asked = [
         Generate(str(number), ids, SamplingParams(n=n, search=search), StoppingParams(count))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels.lora import (
+    EMBEDDING,
     SITES,
     VECTORS,
     AdapterPages,
@@ -229,6 +230,29 @@ def test_adds_what_the_reference_adds(
     assert torch.equal(solo[0], y[i])
 
 
+@pytest.mark.parametrize(("dtype", "y_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize("mix", ["none", "distinct", "skewed", "weighted"])
+def test_embeddings_are_products_with_one_hot_vectors(
+    dtype: torch.dtype, y_dtype: torch.dtype, mix: str, device: str, relative_rms: Measure
+) -> None:
+    rows, vocabulary, hidden = MIXES[mix], 1096, 40  # more than one split of a product
+    whole = pool(vocabulary, {SITES[EMBEDDING]: hidden}, dtype, device)
+    own = slice(LAYER, LAYER + 1)
+    pages = replace(whole, offsets=whole.offsets[:, own].contiguous(), scaling=whole.scaling[:, own].contiguous())
+    segments = segments_of(rows, device)
+    token_ids = torch.randint(vocabulary, (len(rows),), device=device)
+    token_ids[0] = vocabulary - 1
+    base = torch.randn(len(rows), hidden, device=device).to(y_dtype)
+    x = torch.nn.functional.one_hot(token_ids, vocabulary).to(dtype)
+    expected = base.double()
+    lora_add_reference(expected, x, pages, 0, (Site(EMBEDDING, 0, hidden),), segments)
+    y = base.clone()
+    gpu.lora_embed(y, token_ids, vocabulary, pages, segments)
+    assert relative_rms(y, expected) < (1e-6 if y_dtype is torch.float32 else 4e-3)
+    if mix == "none":
+        assert torch.equal(y, base)
+
+
 def test_determinism(device: str) -> None:
     rows, pages = MIXES["skewed"], pool(264, {"o_proj": 136}, torch.bfloat16, device)
     segments, (sites, width) = segments_of(rows, device), sites_of({"o_proj": 136})
@@ -365,7 +389,9 @@ def test_assembly(assembled: Callable[[str, int], list[Any]], dtype: str, archit
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("case", ["lora fill", "lora shrink float32", "lora expand float32"])
+@pytest.mark.parametrize(
+    "case", ["lora fill", "lora shrink float32", "lora expand float32", "lora gather", "lora head"]
+)
 def test_nothing_spills(assembled: Callable[[str, int], list[Any]], case: str, architecture: int) -> None:
     (kernel,) = assembled(case, architecture)
     assert kernel.spills == 0
