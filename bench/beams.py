@@ -14,11 +14,14 @@ from __future__ import annotations
 import cProfile
 import json
 import math
+import os
 import pstats
 import statistics
 import time
 from pathlib import Path
 from typing import Annotated
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in the engine's process; before torch is imported
 
 import torch
 import typer

@@ -92,7 +92,7 @@ def ours(engine: LocalEngine, request: Generate, eos: tuple[int, ...]) -> Ranked
     return ranked(engine.generate(request)[0])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_answers_and_scores_are_those_of_transformers(
     build: Any, generate: Any, dequantized: LlamaForCausalLM, data: st.DataObject
@@ -165,7 +165,7 @@ def diverse(
     return [(y, score) for score, y in best_of_all]
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_diverse_groups_are_those_of_the_paper(
     build: Any, generate: Any, dequantized: LlamaForCausalLM, data: st.DataObject

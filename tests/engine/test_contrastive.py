@@ -53,7 +53,7 @@ def shared(build: Any) -> LocalEngine:
     return engine
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_tokens_are_those_of_the_paper(
     build: Any, generate: Any, dequantized: LlamaForCausalLM, data: st.DataObject
