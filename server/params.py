@@ -5,6 +5,8 @@ A leaf: the messages between the processes carry these types and decoding reads 
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 
@@ -23,6 +25,62 @@ class Dry(msgspec.Struct, frozen=True):
     allowed_length: int = 2
     sequence_breakers: tuple[int, ...] = ()  # token ids
     range: int = 0  # how many of the newest tokens are looked at; 0: all
+
+
+class EarlyStopping(enum.IntEnum):
+    """When a beam search ends, once it holds `width` finished answers; the values equal `lorry.v1.EarlyStopping`."""
+
+    HEURISTIC = 1  # when the best unfinished one, at its present length, scores no better than the worst of them
+    FIRST = 2  # at once
+    NEVER = 3  # when no unfinished one can score better, whatever its length will be
+
+
+class BeamSearch(msgspec.Struct, frozen=True, tag="beam"):
+    """Search for the most likely answers; see `lorry.server.decoding.beam`."""
+
+    width: int
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
+    groups: int = 1
+    diversity_penalty: float = 0.0
+
+    @property
+    def rows(self) -> tuple[str, int]:
+        """The most sequences at once, and the field that says so."""
+        return "beam.width", self.width
+
+    @property
+    def observes(self) -> bool:
+        """Whether the hidden states of the prompt are wanted."""
+        return False
+
+    def diverging(self, tokens: int) -> int:
+        """By how many tokens at their ends two sequences of `tokens` new tokens may differ."""
+        return tokens
+
+
+class ContrastiveSearch(msgspec.Struct, frozen=True, tag="contrastive"):
+    """Weigh likely tokens against repetition; see `lorry.server.decoding.contrastive`."""
+
+    top_k: int
+    penalty_alpha: float
+
+    @property
+    def rows(self) -> tuple[str, int]:
+        """The most sequences at once, and the field that says so."""
+        return "contrastive.top_k", self.top_k
+
+    @property
+    def observes(self) -> bool:
+        """Whether the hidden states of the prompt are wanted."""
+        return True
+
+    def diverging(self, tokens: int) -> int:
+        """By how many tokens at their ends two sequences of `tokens` new tokens may differ."""
+        return min(1, tokens)
+
+
+Search = BeamSearch | ContrastiveSearch
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -47,6 +105,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     allowed_token_ids: tuple[int, ...] = ()  # (): all
     seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
     n: int = 1
+    search: Search | None = None  # in place of sampling; its sequences are decided together
 
 
 class StoppingParams(msgspec.Struct, frozen=True):

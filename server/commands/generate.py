@@ -65,6 +65,15 @@ def generate(
     allowed_token_ids: options.AllowedTokenIds = None,
     logit_bias: options.LogitBias = None,
     n: options.Number = None,
+    beam_width: options.BeamWidth = None,
+    length_penalty: options.LengthPenalty = None,
+    early_stopping: options.EarlyStopping = None,
+    beam_groups: options.BeamGroups = None,
+    diversity_penalty: options.DiversityPenalty = None,
+    contrastive_top_k: options.ContrastiveTopK = None,
+    penalty_alpha: options.PenaltyAlpha = None,
+    best_of: options.BestOf = None,
+    best_of_by: options.BestOfBy = None,
     max_new_tokens: options.MaxNewTokens = None,
     min_new_tokens: options.MinNewTokens = None,
     stop: options.Stop = None,
@@ -104,6 +113,15 @@ def generate(
         allowed_token_ids=allowed_token_ids,
         logit_bias=logit_bias,
         n=n,
+        beam_width=beam_width,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        beam_groups=beam_groups,
+        diversity_penalty=diversity_penalty,
+        contrastive_top_k=contrastive_top_k,
+        penalty_alpha=penalty_alpha,
+        best_of=best_of,
+        best_of_by=best_of_by,
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
         stop=stop,
@@ -153,7 +171,8 @@ def _whole(server: str, spec: generation_pb2.GenerationSpec, timeout: float | No
         return
     for completion in answer.completions:
         if len(answer.completions) > 1:
-            typer.secho(f"[{completion.index}]", dim=True)
+            score = f" score {completion.score:.4f}" if completion.HasField("score") else ""
+            typer.secho(f"[{completion.index}]{score}", dim=True)
         typer.echo(completion.text)
     _summary(answer.usage, answer.timings, [completion.reason for completion in answer.completions])
 

@@ -11,7 +11,19 @@ from lorry.server.commands import values
 if TYPE_CHECKING:
     from lorry.v1 import generation_pb2
 
-_SAMPLING, _STOPPING, _ANSWER = "Sampling", "Stopping", "Answer"
+_SAMPLING, _SEARCH, _STOPPING, _ANSWER = "Sampling", "Search", "Stopping", "Answer"
+
+_OF_STRATEGIES = {  # option: strategy, field
+    "beam_width": ("beam", "width"),
+    "length_penalty": ("beam", "length_penalty"),
+    "early_stopping": ("beam", "early_stopping"),
+    "beam_groups": ("beam", "groups"),
+    "diversity_penalty": ("beam", "diversity_penalty"),
+    "contrastive_top_k": ("contrastive", "top_k"),
+    "penalty_alpha": ("contrastive", "penalty_alpha"),
+    "best_of": ("best_of", "candidates"),
+    "best_of_by": ("best_of", "ranking"),
+}
 
 
 def _option(*names: str, panel: str, help: str, **rest: Any) -> Any:
@@ -121,6 +133,39 @@ LogitBias = Annotated[
         help="Added to the logits of one token, -100 to 100; repeat for more.",
     ),
 ]
+BeamWidth = Annotated[
+    int | None, _option("--beam-width", panel=_SEARCH, help="Beam search: how many partial answers are kept, 2 to 16.")
+]
+LengthPenalty = Annotated[
+    float | None,
+    _option("--length-penalty", panel=_SEARCH, help="Exponent of the length that a beam's score is divided by."),
+]
+EarlyStopping = Annotated[
+    str | None,
+    _option(
+        "--early-stopping", panel=_SEARCH, metavar="heuristic|first|never", help="When a beam search ends; see docs."
+    ),
+]
+BeamGroups = Annotated[
+    int | None, _option("--beam-groups", panel=_SEARCH, help="Diverse beam search: groups of beams.")
+]
+DiversityPenalty = Annotated[
+    float | None,
+    _option("--diversity-penalty", panel=_SEARCH, help="What a token costs for each beam of an earlier group."),
+]
+ContrastiveTopK = Annotated[
+    int | None, _option("--contrastive-top-k", panel=_SEARCH, help="Contrastive search: tokens weighed, 2 to 64.")
+]
+PenaltyAlpha = Annotated[
+    float | None,
+    _option("--penalty-alpha", panel=_SEARCH, help="Contrastive search: weight of the similarity, 0 to 1."),
+]
+BestOf = Annotated[
+    int | None, _option("--best-of", panel=_SEARCH, help="Sample this many answers and keep the --n most likely ones.")
+]
+BestOfBy = Annotated[
+    str | None, _option("--best-of-by", panel=_SEARCH, metavar="mean|sum", help="Of their log-probabilities.")
+]
 Number = Annotated[int | None, _option("--n", "-n", panel=_SAMPLING, help="How many answers. Unset: 1.")]
 MaxNewTokens = Annotated[
     int | None,
@@ -186,6 +231,7 @@ def spec(adapters: list[str] | None, **options: Any) -> generation_pb2.Generatio
         message.sampling.bad_words.add().token_ids.ids.extend(values.numbers(text, int, "--bad-word-ids"))
     if (limit := options.pop("time_limit", None)) is not None:
         message.stopping.time_limit.FromNanoseconds(round(limit * 1e9))
+    _set_strategy(message, {name: options.pop(name, None) for name in _OF_STRATEGIES})
     parts = (message, message.sampling, message.stopping, message.response)
     for name, value in options.items():
         if value is None or value == []:
@@ -229,3 +275,27 @@ def _set_in_order(message: Any, names: tuple[str, ...], numbers: list[float], op
             setattr(message, name, int(value) if whole else value)
         except (ValueError, OverflowError):
             raise typer.BadParameter(f"{value:g} does not fit {name} of {option}") from None
+
+
+def _set_strategy(message: generation_pb2.GenerationSpec, options: dict[str, Any]) -> None:
+    for option, value in options.items():
+        if value is None:
+            continue
+        strategy, name = _OF_STRATEGIES[option]
+        if message.WhichOneof("strategy") not in (None, strategy):
+            raise typer.BadParameter("beam search, contrastive search and --best-of exclude each other")
+        part = getattr(message, strategy)
+        try:
+            if (enum := part.DESCRIPTOR.fields_by_name[name].enum_type) is not None:
+                names = {each.rsplit("_", 1)[1].lower(): number for each, number in enum_values(enum) if number}
+                if value not in names:
+                    raise ValueError(value)
+                value = names[value]
+            setattr(part, name, value)
+        except (ValueError, TypeError):
+            raise typer.BadParameter(f"{value} does not fit --{option.replace('_', '-')}") from None
+
+
+def enum_values(enum: Any) -> list[tuple[str, int]]:
+    """Names and numbers of a protobuf enum."""
+    return [(value.name, value.number) for value in enum.values]

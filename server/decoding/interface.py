@@ -17,23 +17,28 @@ their distribution are; but mirostat, whose next cut depends on what was drawn, 
 which the host forks and truncates sequences, cannot.
 
 **n > 1, best of n.** n sequences share the prompt's blocks from the start and differ by `Row.index`, which
-the random draws depend on. Best of n keeps the sum of log-probabilities per `Row.key` and ends the group with
-`final`.
+the random draws depend on. Best of n is n > 1 here: the frontend adds up their log-probabilities and keeps the
+best, so that stop strings end its sequences too and a GPU draws their tokens ahead.
 
-**Beam search.** The rows of one request share `Row.group` and are decided together. The strategy keeps per
-group the beams' scores and the finished hypotheses; from width × vocabulary scores it returns the best
-`width` continuations by parent. A parent with two continuations is forked (the first goes on in place, each
-other one gets a new sequence over the same blocks, copied on write), a parent with none is dropped, so that
-reordering beams moves references and never KV. A hypothesis that takes end-of-sequence is kept by the
-strategy and not continued. Beams are not streamed: `held` covers their whole output. When the group is over,
-each of the n best is returned with `final` and its `score`, under any parent that is left.
+**Searches** (`SamplingParams.search`; `strategies.py` hands their rows on). The rows of one request share
+`Row.group` and are decided together: the loop runs all of them in a step or none, preempts them as one, and
+hands them over in the order of their indices.
 
-**Contrastive search.** A candidate must be run to get its hidden state, so candidates are tentative forks:
-one step returns k continuations of a parent with `held=1` (their last token is not to be shown yet), the next
-step sees k rows of one group with logits and, because `needs_hidden_states`, the final hidden states; it
-chooses one by probability and degeneration penalty, continues only that one (again as k tentative forks), and
-drops the others. The hidden states so far are kept by `Row.key`; a fork's are copied from its parent's
-through `forked`.
+**Beam search** (`beam.py`). The strategy keeps per group the beams' scores and the finished hypotheses; from
+width × vocabulary scores it returns the best `width` continuations by parent. A parent with two continuations
+is forked (the first goes on in place, each other one gets a new sequence over the same blocks, copied on
+write), a parent with none is dropped, so that reordering beams moves references and never KV. A hypothesis that
+takes end-of-sequence is kept by the strategy and not continued. Beams are not streamed: `held` covers their
+whole output. When the group is over, each of the n best is returned with `final` and its `score`, the best
+first, under any parent that is left. When its time is over, `conclude` is asked for them.
+
+**Contrastive search** (`contrastive.py`). A candidate must be run to get its hidden state, so candidates are
+tentative forks: one step returns k continuations of a parent with `held=1` (their last token is not to be shown
+yet, nor does it end anything), the next step sees k rows of one group with logits and, because their search
+`observes`, the final hidden states; it chooses one by probability and degeneration penalty, continues only that
+one (again as k tentative forks), and drops the others. The chosen token is then shown, and ends the search if it
+is one that ends a sequence. The hidden states of the prompt come through `observe`, so such a prompt takes no
+cached blocks; those so far are kept by the strategy, also while the group is preempted.
 
 **Speculation.** Before plan, the loop calls `draft`: proposals per row, from the text so far (prompt lookup)
 or from a draft model that the strategy holds. Plan schedules 1 + d tokens for that row and asks for the
@@ -56,7 +61,9 @@ the same token.
 
 State. A strategy and its processors may keep state per `Row.key`, but it must follow from the row's tokens: a
 preempted sequence comes back with the same key and the same tokens, a fork with a new key and its parent's
-tokens. `release` ends it. Nothing here may depend on which other rows are in the batch.
+tokens. What a search keeps of its group follows from its rows' tokens and the decisions before. A step whose
+decision failed for one row is decided again, row by row and search by search, from the same logits; so a strategy
+must answer twice the same. `release` ends it. Nothing here may depend on which other rows are in the batch.
 """
 
 from __future__ import annotations
@@ -105,7 +112,8 @@ class Continuation:
     token_ids: the new tokens, in order; the engine cuts behind the first one that ends the sequence
     logprobs: one per new token, or None when the row asked for none
     held: how many of the newest tokens of the output must not be shown, nor end the sequence, yet
-    final: `token_ids` is the whole output of the sequence, in place of what it held, and ends it
+    final: `token_ids` is an answer in place of what the sequence held. A sequence without others is ended; of a search,
+        finals are its answers in order, each behind what was shown
     score: of a final output, e.g. the length-normalised log-probability of a beam
     """
 
@@ -134,16 +142,14 @@ class Pending(Protocol):
 class Strategy(Protocol):
     """Chooses tokens. One object serves the whole engine; calls come from the engine's thread, between two forwards."""
 
-    needs_hidden_states: bool
-
     def decide(self, rows: Sequence[Row], logits: Tensor, hidden_states: Tensor | None = None) -> list[Continuation]:
         """Continue each row.
 
         rows: R sequences; those of one group are adjacent
         logits: float32 [Σ (1 + drafts of a row), V], the rows' logits one after the other. The callee may
             overwrite them
-        hidden_states: [same, H], the states that the logits were computed from; given when
-            `needs_hidden_states`
+        hidden_states: [same, H], the states that the logits were computed from; given when the search of any
+            row `observes`
 
         Returns continuations ordered by parent.
         """
@@ -163,14 +169,29 @@ class Strategy(Protocol):
 
         When the result's `continuations` are asked for, every row's output is complete up to this step's token.
         """
-        raise NotImplementedError
+        error: Exception = NotImplementedError(f"{type(self).__name__} begins no row")
+        raise error
 
     def draft(self, rows: Sequence[Row], limit: int) -> list[tuple[int, ...]]:
         """Propose at most `limit` tokens for each row that will decode in the coming step; () is always right."""
         return [()] * len(rows)
 
+    def observe(self, key: int, hidden_states: Tensor) -> None:
+        """More hidden states [T, H] of the prompt of a sequence whose search `observes`, in order, each once, the last
+        before it is first decided. The callee may keep a copy; the tensor is the engine's."""
+        return
+
+    def conclude(self, rows: Sequence[Row]) -> list[Continuation]:
+        """The time of a search is over between two steps: finals for what it has. Without any, what was shown is the
+        answer.
+
+        rows: all of one search
+        """
+        return []
+
     def forked(self, parent: int, child: int) -> None:
-        """The engine forked a sequence; both are keys. For state that is dear to derive from the tokens."""
+        """The engine forked a sequence; both are keys, and a parent's forks come in the order of its continuations. For
+        state that is dear to derive from the tokens."""
         return
 
     def release(self, key: int) -> None:

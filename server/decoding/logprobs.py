@@ -113,13 +113,13 @@ def _best(logits: Tensor, count: int) -> Tensor:
     if vocabulary % BLOCK:
         logits = torch.nn.functional.pad(logits, (0, BLOCK - vocabulary % BLOCK), value=-torch.inf)
     blocks = logits.view(rows, -1, BLOCK)
-    chosen = _first_largest(blocks.amax(dim=2), min(count, blocks.shape[1])).sort(dim=1).values
+    chosen = first_largest(blocks.amax(dim=2), min(count, blocks.shape[1])).sort(dim=1).values
     inside = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))
-    place = _first_largest(inside.flatten(1), count)
+    place = first_largest(inside.flatten(1), count)
     return (chosen.gather(1, place // BLOCK) * BLOCK + place % BLOCK).clamp_(max=vocabulary - 1)
 
 
-def _first_largest(values: Tensor, count: int) -> Tensor:
+def first_largest(values: Tensor, count: int) -> Tensor:
     """The places of the `count` largest, falling, of equals the first; float32 [R, C] -> int64 [R, count].
 
     topk promises no order of equals, so it gets distinct integers: the float's bits, ordered, above the place's.

@@ -38,8 +38,6 @@ from lorry.server.decoding.truncation import TINY, Truncation, truncated, trunca
 class Sampling(Strategy):
     """The strategy of every request that names no other."""
 
-    needs_hidden_states = False
-
     def __init__(self, processors: Processors | None = None) -> None:
         self.processors = processors if processors is not None else Processors()
         self.mirostat = Mirostat()

@@ -11,7 +11,8 @@ For piece s with tokens [start, end) of its sequence, and t running over the fla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -23,7 +24,7 @@ from lorry.kernels.lora import Segments
 from lorry.server.cache.block_table import Copy
 from lorry.server.cache.blocks import BLOCK_SIZE, blocks_for
 from lorry.server.engine.plan import Piece
-from lorry.server.engine.sequence import Combo, Request
+from lorry.server.engine.sequence import Combo, Request, Sequence
 from lorry.server.model.inputs import ModelInputs
 
 Runs = tuple[tuple[int, Combo], ...]  # (rows, combo) of adjacent rows, over the flat batch
@@ -39,11 +40,21 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class Observed:
+    """Prompt tokens whose hidden states the strategy wants; `hidden[row : row + count]` are theirs, in order."""
+
+    sequence: Sequence
+    row: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step.
 
     deciding: pieces that reach the end of their sequence; piece i's logits are those of `inputs.logits_rows[i]`
     scored: the rows behind them
+    observed: the rows behind those, of which only the hidden states are looked at
     """
 
     inputs: ModelInputs
@@ -51,11 +62,12 @@ class Batch:
     pieces: tuple[Piece, ...]
     deciding: tuple[Piece, ...]
     scored: tuple[Scored, ...]
+    observed: tuple[Observed, ...] = ()
 
 
 def build_batch(
-    pieces: Sequence[Piece],
-    copies: Sequence[Copy],
+    pieces: SequenceOf[Piece],
+    copies: SequenceOf[Copy],
     build_segments: Callable[[Runs], Segments],
     build_end_segments: Callable[[Runs, Runs], Segments | None] = lambda runs, logits_runs: None,
 ) -> Batch:
@@ -103,6 +115,12 @@ def build_batch(
             scored.append(Scored(piece.sequence.request, next_row, prompt[targets.start : targets.stop]))
             rows.append(int(cu_seqlens[s]) + np.arange(targets.start, targets.stop) - 1 - piece.start)
             next_row += len(targets)
+    observed = []
+    for s, piece in enumerate(pieces):
+        if piece.sequence.request.observed is not None and len(found := observed_tokens(piece)) > 0:
+            observed.append(Observed(piece.sequence, next_row, len(found)))
+            rows.append(int(cu_seqlens[s]) + np.arange(found.start, found.stop) - piece.start)
+            next_row += len(found)
 
     logits_rows = np.concatenate(rows) if len(rows) > 1 else rows[0]
     runs = combo_runs(pieces)
@@ -120,7 +138,8 @@ def build_batch(
         logits_segments=build_end_segments(runs, runs_of_rows(runs, logits_rows)) if adapted else None,
         sources=_sources(unread, total) if unread else None,
     )
-    return Batch(inputs, tuple(copies), tuple(pieces), tuple(pieces[s] for s in deciding), tuple(scored))
+    deciding_pieces = tuple(pieces[s] for s in deciding)
+    return Batch(inputs, tuple(copies), tuple(pieces), deciding_pieces, tuple(scored), tuple(observed))
 
 
 def _sources(unread: list[tuple[int, int]], total: int) -> torch.Tensor:
@@ -130,7 +149,7 @@ def _sources(unread: list[tuple[int, int]], total: int) -> torch.Tensor:
     return sources
 
 
-def combo_runs(pieces: Sequence[Piece]) -> Runs:
+def combo_runs(pieces: SequenceOf[Piece]) -> Runs:
     """Lengths of the runs of rows that share a combo, over the flat batch; tokens before a combo's start have none."""
     runs: list[tuple[int, Combo]] = []
     for piece in pieces:
@@ -158,3 +177,11 @@ def scored_targets(piece: Piece) -> range:
     if score_from is None:
         return range(0)
     return range(max(piece.start + 1, score_from), min(piece.end + 1, len(request.prompt)))
+
+
+def observed_tokens(piece: Piece) -> range:
+    """Prompt positions of this piece whose hidden states are wanted and have not been seen yet."""
+    request = piece.sequence.request
+    if request.observed is None:
+        return range(0)
+    return range(max(piece.start, request.observed), min(piece.end, len(request.prompt)))

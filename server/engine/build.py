@@ -21,7 +21,7 @@ from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator
 from lorry.server.cache.kv_cache import KVCache, block_bytes, choose_num_blocks
 from lorry.server.cache.prefix import PrefixIndex
 from lorry.server.config import GIB, MIB, EngineConfig
-from lorry.server.decoding.sampling import Sampling
+from lorry.server.decoding.strategies import Strategies
 from lorry.server.engine.adapters import AdapterDesk
 from lorry.server.engine.batch import build_batch
 from lorry.server.engine.channel import Channel
@@ -112,7 +112,7 @@ def build_engine(
 
     On a GPU also compile, launch and record what steps will launch; progress(stage, done, of how much) is told of it.
     """
-    model, strategy = decoder.config, Sampling()
+    model, strategy = decoder.config, Strategies()
     limits = Limits(config.max_running, token_budget(config, types), model.context_length)
     start = GpuStart(config, limits, CudaMemory(types.device), progress) if types.on_gpu else None
     if start is not None:

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
 from lorry.server.decoding.logprobs import token_logprobs
-from lorry.server.engine.batch import Batch, Scored
+from lorry.server.engine.batch import Batch, Observed, Scored
 from lorry.server.engine.messages import (
     EngineMessage,
     ErrorInfo,
@@ -38,7 +38,7 @@ class Flight:
     @property
     def waits(self) -> bool:
         """Whether the next step cannot be planned before this one is committed."""
-        return self.pending is None and bool(self.batch.deciding or self.batch.scored)
+        return self.pending is None and bool(self.batch.deciding or self.batch.scored or self.batch.observed)
 
 
 class Committer:
@@ -64,7 +64,7 @@ class Committer:
         None: `commit` has to decide, since a row of the step forks or the strategy wants to see its logits.
         """
         sequences = [piece.sequence for piece in batch.deciding]
-        if not sequences or batch.scored or not all(map(self._can_begin, sequences)):
+        if not sequences or batch.scored or batch.observed or not all(map(self._can_begin, sequences)):
             return None
         rows = [sequence.row for sequence in sequences if sequence.row is not None]
         pending = self.strategy.begin(rows, output.logits, [sequence.unread for sequence in sequences], output.last)
@@ -97,6 +97,8 @@ class Committer:
     def _commit_waiting(self, batch: Batch, output: Output, now: float) -> None:
         for scored in batch.scored:
             self._score(scored, output)
+        for observed in batch.observed:
+            self._observe(observed, output)
         sequences: list[Sequence] = []
         sources: list[int] = []  # of each sequence, the row of logits
         for row, piece in enumerate(batch.deciding):
@@ -111,32 +113,38 @@ class Committer:
         for parent, group in groupby(continuations, key=lambda continuation: continuation.parent):
             self._continue(sequences[parent], list(group), now)
         for parent in set(range(len(sequences))) - {continuation.parent for continuation in continuations}:
-            self._end(sequences[parent])
+            self._drop(sequences[parent], now)
 
     # ---------------------------------------------------------------- ends that do not come from tokens
 
     def finish_request(self, request: Request, reason: FinishReason, now: float) -> None:
         """End all that is live of a request; what is there is the answer."""
-        for sequence in request.live:
+        live = request.live
+        if request.search is not None and reason is FinishReason.TIME_LIMIT:
+            rows = [sequence.row for sequence in live if sequence.row is not None]
+            for way in self.strategy.conclude(rows) if rows else []:
+                self._answer(live[way.parent], way, now, reason)
+        for sequence in live:
             self.finish_sequence(sequence, reason, now)
 
     def finish_sequence(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
-        """End one sequence, and with it those whose prompt it carries."""
-        for index in sequence.request.pending or [sequence.index]:
-            self._tell(sequence, index, reason, now)
-        sequence.request.pending = []
+        """End one sequence, and with it those whose prompt it carries; what it holds back is not shown."""
+        request = sequence.request
+        for index in request.pending or ([] if request.search is not None else [sequence.index]):
+            self._tell(sequence, index, reason, now, sequence.shown)
+        request.pending = []
         self._end(sequence)
 
     def abort(self, request: Request, index: int | None, now: float) -> None:
         """End a request, or one of its indices, with ABORTED."""
-        if index is None:
+        if index is None or request.pending == [index]:
             self.finish_request(request, FinishReason.ABORTED, now)
-        elif index in request.pending and len(request.pending) > 1:
+        elif index in request.pending:
             request.pending.remove(index)
-            self._tell(request.live[0], index, FinishReason.ABORTED, now)
-        else:
+            self._tell(request.live[0], index, FinishReason.ABORTED, now, request.live[0].shown)
+        elif request.search is None:
             for sequence in request.live:
-                if index in (request.pending or [sequence.index]):
+                if index == sequence.index and not request.pending:
                     self.finish_sequence(sequence, FinishReason.ABORTED, now)
 
     def fail(self, request: Request, error: LorryError) -> None:
@@ -154,7 +162,7 @@ class Committer:
     def _can_begin(self, sequence: Sequence) -> bool:
         """Whether the strategy can choose this sequence's token on the device; gives the first token its row."""
         request = sequence.request
-        if len(request.pending) > 1 or request.message.stopping.max_new_tokens == 0:
+        if request.search is not None or len(request.pending) > 1 or request.message.stopping.max_new_tokens == 0:
             return False
         if request.pending:
             self._take_place(sequence)
@@ -175,6 +183,14 @@ class Committer:
             entropies = [request.message.entropy] * len(targets)
             request.prompt_logprobs += token_logprobs(logits, targets, [top] * len(targets), entropies)
 
+    def _observe(self, observed: Observed, output: Output) -> None:
+        """Show the strategy the hidden states of a prompt."""
+        sequence, request = observed.sequence, observed.sequence.request
+        if sequence.status is Status.FINISHED or request.observed is None:
+            return
+        self.strategy.observe(sequence.key, output.hidden[observed.row : observed.row + observed.count])
+        request.observed += observed.count
+
     def _born(self, sequence: Sequence, now: float) -> list[Sequence]:
         """The sequences that go on from here: itself, and behind the prompt those that waited for it."""
         request = sequence.request
@@ -185,83 +201,130 @@ class Committer:
         if request.message.stopping.max_new_tokens == 0:
             self.finish_request(request, FinishReason.LENGTH, now)
             return []
-        if not request.pending:
+        if request.search is not None and sequence.row is None:
+            sequence.row = self._row(sequence)
+        if request.search is not None or not request.pending:
             return [sequence]
         others = request.pending[1:]
         self._take_place(sequence)
         return [sequence, *(self._fork(sequence, index) for index in others)]
 
     def _decide(self, sequences: list[Sequence], sources: list[int], output: Output) -> list[Continuation]:
-        """Ask the strategy; when it fails, for each row alone, and end the requests of those that fail again."""
+        """Ask the strategy; when it fails, for each row or search alone, and end the requests that fail again."""
         rows = [sequence.row for sequence in sequences if sequence.row is not None]
         logits, hidden = output.logits, output.hidden
         if sources != list(range(logits.shape[0])):  # forks: several rows have the same logits
             logits = logits[sources]
-        needs_hidden = self.strategy.needs_hidden_states
         try:
-            return self.strategy.decide(rows, logits, hidden[sources] if needs_hidden else None)
+            return self.strategy.decide(rows, logits, hidden[sources] if any(map(observes, rows)) else None)
         except Exception:
             log.exception("%d rows cannot be decided together, trying them one by one", len(rows))
         continuations: list[Continuation] = []
-        for place, (row, source) in enumerate(zip(rows, sources, strict=True)):
-            if sequences[place].status is Status.FINISHED:  # with another row of its request
+        for _, members in groupby(range(len(rows)), key=lambda place: _decided_with(rows[place])):
+            places = list(members)
+            if sequences[places[0]].status is Status.FINISHED:  # with another row of its request
                 continue
+            first, last = sources[places[0]], sources[places[-1]] + 1  # the rows of a search are adjacent
             try:
-                ((_, own),) = self.runner.logits(output, range(source, source + 1))
-                decided = self.strategy.decide([row], own, hidden[source : source + 1])
+                ((_, own),) = self.runner.logits(output, range(first, last))
+                decided = self.strategy.decide([rows[place] for place in places], own, hidden[first:last])
             except Exception:
-                self.fault(sequences[place].request)
+                self.fault(sequences[places[0]].request)
             else:
-                continuations += [replace(continuation, parent=place) for continuation in decided]
+                continuations += [replace(way, parent=places[way.parent]) for way in decided]
         return continuations
 
     def _continue(self, sequence: Sequence, ways: list[Continuation], now: float) -> None:
-        """The first way goes on in place, each other one on a fork."""
+        """Finals are answers. Of the others the first goes on in place, each other one on a fork."""
         if sequence.status is Status.FINISHED:
+            return
+        for way in ways:
+            if way.final:
+                self._answer(sequence, way, now)
+        ways = [way for way in ways if not way.final]
+        if not ways:
+            self._drop(sequence, now)
             return
         forks: list[Sequence] = []
         if len(ways) > 1:
+            shown = len(sequence.output) + min(len(way.token_ids) - way.held for way in ways)
+            if self._show(sequence, min(shown, len(sequence.output)), now):  # by all of them, so once
+                return
             used = max(each.index for each in sequence.request.sequences)
             forks = [self._fork(sequence, used + number) for number in range(1, len(ways))]
         for each, way in zip([sequence, *forks], ways, strict=True):
             self._extend(each, way, now)
 
     def _extend(self, sequence: Sequence, way: Continuation, now: float) -> None:
-        """Append the tokens up to the one that ends the sequence, and show what need not be held."""
+        """Append the tokens, and show what need not be held."""
+        sequence.output += way.token_ids
+        if way.logprobs is not None:
+            sequence.logprobs += way.logprobs
+        self._show(sequence, len(sequence.output) - way.held, now)
+
+    def _show(self, sequence: Sequence, end: int, now: float) -> bool:
+        """Show the output before `end`; the first token of it that ends the sequence is the last. Whether one did."""
         finish: FinishReason | None = None
-        if way.final:
-            del sequence.output[sequence.shown :], sequence.logprobs[:]
-        for place, token_id in enumerate(way.token_ids):
-            sequence.output.append(token_id)
-            if way.logprobs is not None:
-                sequence.logprobs.append(way.logprobs[place])
-            if not way.held and not way.final and (finish := self._reason(sequence, token_id)) is not None:
+        for place in range(sequence.shown, end):
+            if (finish := self._reason(sequence.request, sequence.output[place], place + 1)) is not None:
+                end = place + 1
+                del sequence.output[end:]
                 break
-        if way.final:
-            finish = self._reason(sequence, way.token_ids[-1]) or FinishReason.LENGTH
-        shown = len(sequence.output) - way.held
-        if shown > sequence.shown or finish is not None:
-            self._tell(sequence, sequence.index, finish, now, shown)
+        if end > sequence.shown:
+            self._tell(sequence, sequence.answer, finish, now, end)
         if finish is not None:
+            self._finished(sequence)
+        return finish is not None
+
+    def _answer(
+        self, sequence: Sequence, way: Continuation, now: float, otherwise: FinishReason = FinishReason.LENGTH
+    ) -> None:
+        """Tell a final output, of a search under the least index that has no answer yet; if any is left, it goes on."""
+        request = sequence.request
+        if request.search is not None and not request.pending:
+            return
+        index = sequence.index if request.search is None else request.pending.pop(0)
+        count = sequence.shown + len(way.token_ids)
+        finish = self._reason(request, way.token_ids[-1], count)
+        if finish is None or finish is FinishReason.LENGTH:
+            finish = otherwise
+        logprobs = list(way.logprobs or ()) if request.message.logprobs is not None else None
+        tokens = list(way.token_ids)
+        self.outbox.append(Tokens(request.id, index, tokens, logprobs, finish, request.timings(now), way.score))
+
+    def _drop(self, sequence: Sequence, now: float) -> None:
+        """End a sequence that has no continuation; with the last one of a search what lacks an answer has none."""
+        request = sequence.request
+        if sequence.status is Status.FINISHED:
+            return
+        if request.search is not None and request.pending and len(request.live) == 1:
+            self.finish_sequence(sequence, FinishReason.LENGTH, now)
+        else:
             self._end(sequence)
 
-    def _reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        """Whether `token_id`, the last of the output, ends the sequence."""
-        stopping, count = sequence.request.message.stopping, len(sequence.output)
+    def _finished(self, sequence: Sequence) -> None:
+        """A token has ended the sequence, and the search that it is of."""
+        request = sequence.request
+        if request.search is not None:
+            request.pending = []
+        for each in list(sequence.unit):
+            self._end(each)
+
+    def _reason(self, request: Request, token_id: int, count: int) -> FinishReason | None:
+        """Whether `token_id`, the `count`-th of an output, ends its sequence."""
+        stopping = request.message.stopping
         if count > stopping.min_new_tokens:
             if token_id in self.eos_token_ids and not stopping.ignore_eos:
                 return FinishReason.EOS
             if token_id in stopping.stop_token_ids:
                 return FinishReason.STOP
-        if count >= stopping.max_new_tokens or sequence.length >= self.scheduler.limits.context_length:
+        if count >= stopping.max_new_tokens or len(request.prompt) + count >= self.scheduler.limits.context_length:
             return FinishReason.LENGTH
         return None
 
-    def _tell(
-        self, sequence: Sequence, index: int, finish: FinishReason | None, now: float, shown: int | None = None
-    ) -> None:
+    def _tell(self, sequence: Sequence, index: int, finish: FinishReason | None, now: float, end: int) -> None:
+        """Send the output before `end` that was not sent yet."""
         request, start = sequence.request, sequence.shown
-        end = len(sequence.output) if shown is None else max(shown, start)
         logprobs = sequence.logprobs[: end - start] if request.message.logprobs is not None else None
         del sequence.logprobs[: end - start]
         sequence.shown = end
@@ -293,6 +356,18 @@ class Committer:
         if sequence.status is not Status.FINISHED:
             self.scheduler.finish(sequence)
             self.strategy.release(sequence.key)
+
+
+def _decided_with(row: Row) -> tuple[bool, int]:
+    """Equal for rows that can only be decided together."""
+    search = row.sampling.search is not None
+    return search, row.group if search else row.key
+
+
+def observes(row: Row) -> bool:
+    """Whether the row's strategy looks at hidden states."""
+    search = row.sampling.search
+    return search is not None and search.observes
 
 
 def failed(request_id: str, error: LorryError) -> Failed:

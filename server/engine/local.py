@@ -38,6 +38,7 @@ class Completion:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: FinishReason | None = None
     timings: Timings | None = None
+    score: float | None = None
 
 
 @dataclass
@@ -115,5 +116,6 @@ class LocalEngine:
                     completion.token_ids += message.token_ids
                     completion.logprobs += message.logprobs or []
                     completion.finish, completion.timings = message.finish, message.timings
+                    completion.score = message.score
                 case AdapterReply():
                     self.replies[message.call_id] = message

@@ -132,37 +132,39 @@ class Engine:
         return Flight(batch, output if pending is None else None, pending)
 
     def _run_apart(self, plan: Plan) -> None:
-        """What could not run as one batch: each piece alone. Requests whose piece fails then too are ended."""
+        """What could not run as one batch: part by part. Requests whose part fails then too are ended."""
         self.runner.kv.copy_blocks(plan.copies)
         done = 0
-        for piece in plan.pieces:
-            if piece.sequence not in piece.sequence.request.live:
+        for pieces in plan.parts():
+            request = pieces[0].sequence.request
+            if pieces[0].sequence not in request.live:
                 continue
             try:
-                self.committer.commit(self._run_alone(piece), self.clock())
+                self.committer.commit(self._run_alone(pieces), self.clock())
                 done += 1
             except torch.AcceleratorError:
                 raise
             except OutOfMemory as error:
-                self.committer.fail(piece.sequence.request, error)
+                self.committer.fail(request, error)
                 done += 1
             except Exception:
-                self.committer.fault(piece.sequence.request)
+                self.committer.fault(request)
         self._faults = 0 if done else self._faults + 1
         if self._faults >= MAX_FAULTS:
             raise RuntimeError(f"{self._faults} steps in a row failed whole")
 
-    def _run_alone(self, piece: Piece) -> Flight:
-        """One piece, or as much of a prompt as there is memory for; raises OutOfMemory."""
+    def _run_alone(self, pieces: list[Piece]) -> Flight:
+        """One of `Plan.parts`, or as much of a prompt as there is memory for; raises OutOfMemory."""
         while True:
             try:
-                return self._run([piece], [])
+                return self._run(pieces, [])
             except torch.OutOfMemoryError as error:
+                piece = pieces[0]
                 tokens = piece.end - piece.start
                 if tokens <= LEAST_TOKENS:
                     raise OutOfMemory("the device has no memory left for this request") from error
             torch.cuda.empty_cache()
-            piece = replace(piece, end=piece.start + max(LEAST_TOKENS, tokens // 2))
+            pieces = [replace(piece, end=piece.start + max(LEAST_TOKENS, tokens // 2))]
 
     def _segments(self, runs: Runs) -> Segments:
         """The segments of a batch, with the bound of their pages, which a GPU makes room for."""

@@ -171,6 +171,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
     finish: FinishReason | None = None
     timings: Timings | None = None  # with `finish`
+    score: float | None = None  # with `finish`, of an answer that a search has ranked
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -10,19 +10,24 @@ block takes those of the sequence with the last rank, which is recomputed later.
 never preempted, a sequence preempted PROTECT_AFTER times ranks before all others, and every OLDEST_EVERY-th admission
 goes to the oldest, whatever its priority. A request whose adapters are not ready is passed over, however many there
 are; whom `ready` lets in while others wait for room is the adapters' business.
+
+The sequences of a search are a unit: they decode in the same step or not at all, and are preempted together. They come
+back one after the other, each sharing what those before it have computed, and meanwhile nobody else
+is admitted; so at most one unit is partly in, and one that is alone always fits, which `add` has seen to.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
 from lorry.server.cache.block_table import BlockTable
 from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator, blocks_for
-from lorry.server.cache.prefix import PrefixIndex
+from lorry.server.cache.prefix import Match, Node, PrefixIndex
 from lorry.server.engine.alarms import Alarms
 from lorry.server.engine.plan import Piece, Plan, first_share
 from lorry.server.engine.sequence import Lease, Request, Sequence, Status
@@ -71,6 +76,33 @@ def _rank(sequence: Sequence) -> tuple[bool, int, int, int]:
     return not protected, -request.message.priority, request.order, sequence.index
 
 
+def _unit_blocks(request: Request, lengths: SequenceOf[int]) -> int:
+    """Blocks that sequences with outputs of these lengths take at most, when they share what a search lets them."""
+    assert request.search is not None
+    prompt, longest = len(request.prompt), max(lengths)
+    shared = (prompt + longest - request.search.diverging(longest)) // BLOCK_SIZE
+    return shared + sum(blocks_for(prompt + length) - shared for length in lengths)
+
+
+def _remaining(sequence: Sequence) -> int:
+    """Tokens to compute before it decodes; the last one of each in a unit of several waits for all of them."""
+    return sequence.length - sequence.computed - (len(sequence.unit) > 1)
+
+
+def _common(one: Sequence, other: Sequence) -> int:
+    """How many tokens both begin with, of those that are computed of the other; not the last of the one."""
+    most = min(one.length - 1, other.computed)
+    pairs = zip(one.tokens(0, most), other.tokens(0, most), strict=True)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), most)
+
+
+def _comes_back(request: Request) -> bool:
+    """Whether one of a unit computes what the rest of the unit will share."""
+    return request.search is not None and any(
+        each.status is Status.RUNNING and each.length - each.computed > 1 for each in request.sequences
+    )
+
+
 class Scheduler:
     """Plans steps. Times are time.time(); nothing here waits, and nothing knows tensors."""
 
@@ -108,13 +140,36 @@ class Scheduler:
             raise OutOfMemory(
                 f"the prompt's {prompt} tokens need more than the {self.allocator.num_blocks} blocks there are"
             )
-        if message.sampling.n > self.limits.max_running:
-            raise InvalidField(f"n is {message.sampling.n}, at most {self.limits.max_running} sequences run", field="n")
+        if request.rows > self.limits.max_running:
+            field = "n" if request.search is None else request.search.rows[0]
+            raise InvalidField(
+                f"{field} is {request.rows}, at most {self.limits.max_running} sequences run", field=field
+            )
+        if request.search is not None:
+            self._check_search(request)
         self.requests[request.id] = request
         sequence = Sequence(request, 0, BlockTable(self.allocator))
         request.sequences.append(sequence)
         insort(self.waiting, sequence, key=_rank)
         self.alarms.set(request)
+
+    def _check_search(self, request: Request) -> None:
+        """Refuse a search that could not run to its end with all memory for itself."""
+        prompt, new = len(request.prompt), request.message.stopping.max_new_tokens
+        if prompt + new > self.limits.context_length:
+            raise PromptTooLong(
+                f"the prompt has {prompt} tokens and {new} are wanted, together there may be"
+                f" {self.limits.context_length}",
+                prompt_tokens=prompt,
+                max_new_tokens=new,
+                context_length=self.limits.context_length,
+            )
+        needed = _unit_blocks(request, [new] * request.rows)
+        if needed > self.allocator.num_blocks:
+            raise OutOfMemory(
+                f"{request.rows} sequences of {prompt} + {new} tokens may need {needed} blocks, there are"
+                f" {self.allocator.num_blocks}; a smaller max_new_tokens needs fewer"
+            )
 
     def fork(self, parent: Sequence, index: int) -> Sequence:
         """A running sequence that shares all of its running parent's tokens and blocks."""
@@ -137,6 +192,8 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
+        if request.search is not None:
+            request.sequences.remove(sequence)  # a search drops some in each step
         if not request.live:
             del self.requests[request.id]
             self.alarms.tidy()
@@ -178,18 +235,24 @@ class Scheduler:
 
     def _decode(self, plan: Plan) -> None:
         for sequence in list(self.running):
-            start, end = sequence.computed, sequence.length
-            if sequence.status is not Status.RUNNING or end - start != 1 or self._over(sequence):
+            unit = sequence.unit
+            if unit[0] is not sequence or not all(each.decides() for each in unit) or self._over(sequence):
                 continue
-            while (cost := sequence.table.cost(start, end)) > self.allocator.available:
-                victim = self.running[-1]  # never one that is in the plan: those rank before `sequence`
-                self._preempt(victim)
-                if victim is sequence:
-                    break
-            else:
-                if cost > 0:
-                    plan.copies += sequence.table.prepare(start, end)
-                plan.pieces.append(Piece(sequence, start, end))
+            pieces, copies = len(plan.pieces), len(plan.copies)
+            if not all(self._decode_one(plan, each) for each in unit):
+                del plan.pieces[pieces:], plan.copies[copies:]
+
+    def _decode_one(self, plan: Plan, sequence: Sequence) -> bool:
+        """Plan its next token; False when there was no block for it and it was preempted, with its unit."""
+        start, end = sequence.computed, sequence.length
+        while (cost := sequence.table.cost(start, end)) > self.allocator.available:
+            self._preempt(self.running[-1])  # of no unit that is planned whole: those rank before this one
+            if sequence.status is not Status.RUNNING:
+                return False
+        if cost > 0:
+            plan.copies += sequence.table.prepare(start, end)
+        plan.pieces.append(Piece(sequence, start, end))
+        return True
 
     def _over(self, sequence: Sequence) -> bool:
         """Whether its unread token will be its last, whatever it is."""
@@ -203,13 +266,15 @@ class Scheduler:
         chunks: list[tuple[Sequence, int]] = []
         started = (s for s in list(self.running) if s.length - s.computed > 1)
         for sequence in chain(started, self._admit(plan, now)):
-            chunk = first_share(sequence.length - sequence.computed, left)
+            chunk = first_share(_remaining(sequence), left)
+            if chunk == 0:
+                continue
             chunks.append((sequence, chunk))
             left -= chunk
             if left == 0:
                 break
         for sequence, chunk in chunks:
-            more = min(left, sequence.length - sequence.computed - chunk)
+            more = min(left, _remaining(sequence) - chunk)
             left -= more
             plan.pieces.append(Piece(sequence, sequence.computed, sequence.computed + chunk + more))
 
@@ -222,9 +287,9 @@ class Scheduler:
             request = sequence.request
             if request.lease is not None and request.lease.absent:
                 continue
-            if sequence.status is Status.RUNNING or sequence.unread:  # it was preempted a moment ago
-                continue
-            if sequence.width > slots:
+            if sequence.status in (Status.RUNNING, Status.FINISHED) or sequence.unread:
+                continue  # it came as the oldest, its request failed, or it was preempted a moment ago
+            if sequence.width > slots or _comes_back(request):
                 break
             if unready >= MOST_UNREADY and request.wants in refused:
                 continue
@@ -245,7 +310,9 @@ class Scheduler:
             yield sequence
 
     def _in_turn(self) -> Iterable[Sequence]:
-        """Waiting sequences in the order in which they are tried."""
+        """Waiting sequences in the order in which they are tried; while a unit is partly in, only those of it."""
+        if rest := [each for each in self.waiting if each.request.search is not None and self._runs(each.request)]:
+            return rest
         if self.waiting and self._admitted % OLDEST_EVERY == OLDEST_EVERY - 1:
             oldest = min(self.waiting, key=lambda sequence: sequence.request.order)
             return [oldest, *self.waiting]
@@ -255,21 +322,48 @@ class Scheduler:
         """Take blocks for all tokens that are known, the found ones shared; False when they are short."""
         sequence.request.resolve()
         limit = sequence.length - 1  # the last token is always computed, its logits are wanted
-        score_from = sequence.request.score_from
-        if score_from is not None:
-            limit = min(limit, score_from - 1)
-        match = self.index.match(sequence.request.namespace, sequence.tokens(0, limit))
+        request = sequence.request
+        if request.score_from is not None:
+            limit = min(limit, request.score_from - 1)
+        if request.observed is not None and request.observed < len(request.prompt):
+            limit = min(limit, request.observed)
+        match = self._of_unit(sequence) or self.index.match(request.namespace, sequence.tokens(0, limit))
         self.allocator.share(match.blocks)
         table = BlockTable(self.allocator, match.blocks)
         computed = len(match.blocks) * BLOCK_SIZE
         headroom = len(self.running)  # a block each, so that admission does not preempt at once
-        if table.cost(computed, sequence.length) + headroom > self.allocator.available:
+        cost = table.cost(computed, sequence.length)
+        if request.search is not None:
+            own = [each.status is Status.RUNNING for each in request.live]
+            headroom -= sum(own)
+            if not any(own):  # all of the unit must have room
+                lengths = [len(each.output) for each in request.live]
+                whole = _unit_blocks(request, lengths) + request.rows - len(lengths)
+                cost = max(cost, whole - len(match.blocks))
+        if cost + headroom > self.allocator.available:
             table.release()
             return False
         table.prepare(computed, sequence.length)
         sequence.table, sequence.computed = table, computed
         sequence.registered, sequence.node = len(match.blocks), match.node
         return True
+
+    def _of_unit(self, sequence: Sequence) -> Match | None:
+        """What a sequence of a search shares with those of its unit that are back, from their blocks themselves: the
+        index may know others of the same content, or none."""
+        best, shared = 0, list[int]()
+        for each in sequence.request.sequences:
+            if sequence.request.search is not None and each.status is Status.RUNNING:
+                found = _common(sequence, each) // BLOCK_SIZE
+                if found >= best:
+                    best, shared = found, each.table.blocks[:found]
+        if not best:
+            return None
+        node: Node = sequence.request.namespace
+        for number, block in enumerate(shared):
+            tokens = sequence.tokens(number * BLOCK_SIZE, (number + 1) * BLOCK_SIZE)
+            node = self.index.insert(sequence.request.namespace.before(number, node), tokens, block)
+        return Match(shared, node)
 
     def _start(self, sequence: Sequence, plan: Plan, now: float) -> None:
         request = sequence.request
@@ -295,11 +389,18 @@ class Scheduler:
             self.residency.unpin(request.lease)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._stop(sequence)
-        sequence.computed, sequence.registered, sequence.node = 0, 0, sequence.request.namespace
-        sequence.preemptions += 1
-        self.preemptions += 1
-        insort(self.waiting, sequence, key=_rank)
+        """Take the blocks of a running sequence, and of its unit."""
+        unit = sequence.unit
+        for each in unit:
+            if each.status is Status.RUNNING:
+                self._stop(each)
+                self.preemptions += 1
+            else:
+                self.waiting.remove(each)
+            each.computed, each.registered, each.node = 0, 0, each.request.namespace
+            each.preemptions += 1
+        for each in unit:
+            insort(self.waiting, each, key=_rank)
 
     @staticmethod
     def _runs(request: Request) -> bool:
@@ -316,6 +417,10 @@ class Scheduler:
         assert all(sequence.status is Status.RUNNING for sequence in self.running)
         assert all(s.status in (Status.WAITING, Status.PREEMPTED) and not s.table.blocks for s in self.waiting)
         assert sum(sequence.width for sequence in self.running) <= self.limits.max_running
+        units = [request for request in self.requests.values() if request.search is not None]
+        assert all(len(request.live) <= request.rows for request in units), "a search has too many sequences"
+        partly = [request for request in units if len({each.status is Status.RUNNING for each in request.live}) > 1]
+        assert len(partly) <= 1, "two searches wait for each other's blocks"
         for sequence in self.running:
             assert sequence.computed < sequence.length, "nothing is left to compute"
             assert len(sequence.table.blocks) >= blocks_for(sequence.computed)

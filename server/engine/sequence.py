@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Protocol
 
 from lorry.adapters.activation import activation
@@ -59,7 +60,10 @@ class Request:
         adapters where they are not invoked
     wants: ids of its adapters
     combo: what tokens from `namespace.start` on use, the base before; valid while a sequence runs
-    pending: indices of sequences that are not born yet; the first sequence carries the prompt for all of them
+    pending: indices of sequences that are not born yet; the first sequence carries the prompt for all of them. Of a
+        search: indices that have no answer yet
+    search: None, or what decides all of its sequences together: they run, wait and are preempted as one
+    observed: tokens of the prompt whose hidden states the strategy has seen; None: it wants none
     """
 
     def __init__(self, message: Generate, order: int, lease: Lease | None = None) -> None:
@@ -73,6 +77,8 @@ class Request:
         self.namespace = Namespace()
         self.combo: Combo = ()
         self.pending = list(range(message.sampling.n))
+        self.search = message.sampling.search
+        self.observed = 0 if self.search is not None and self.search.observes else None
         self.sequences: list[Sequence] = []
         self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs] = []
@@ -101,6 +107,11 @@ class Request:
         """First prompt token whose log-probability is wanted and not known yet; token 0 has none."""
         first = self.message.prompt_logprobs_from
         return None if first is None else max(first, 1) + len(self.prompt_logprobs)
+
+    @property
+    def rows(self) -> int:
+        """The most sequences that it runs at once."""
+        return self.message.sampling.n if self.search is None else self.search.rows[1]
 
     @property
     def live(self) -> list[Sequence]:
@@ -167,8 +178,26 @@ class Sequence:
 
     @property
     def width(self) -> int:
-        """Rows that this sequence takes or, while it carries the prompt for others, will take."""
-        return max(1, len(self.request.pending))
+        """Rows that this sequence takes or, while it carries the prompt for others, will take; the first sequence of a
+        search takes all that the search may need."""
+        request = self.request
+        if request.search is None:
+            return max(1, len(request.pending))
+        return request.rows if request.sequences[0] is self else 0
+
+    @property
+    def unit(self) -> SequenceOf[Sequence]:
+        """Those that go on in the same steps as this one, itself included."""
+        return (self,) if self.request.search is None else self.request.live
+
+    @property
+    def answer(self) -> int:
+        """The index under which its tokens are told."""
+        return self.index if self.request.search is None else 0
+
+    def decides(self) -> bool:
+        """Whether it runs and one token is left to be computed."""
+        return self.status is Status.RUNNING and self.length - self.computed == 1
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids of positions [start, end), prompt first, then output, without unread ones."""

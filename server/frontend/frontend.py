@@ -22,10 +22,11 @@ from lorry.server.engine.messages import AdapterRef, EngineMessage, Loading, Mod
 from lorry.server.errors import DeadlineExceeded, Draining, EngineUnavailable, InvalidField
 from lorry.server.frontend import tokenizer as tokenizers
 from lorry.server.frontend.adapters import EngineAdapters
+from lorry.server.frontend.best_of import BestOfHandle
 from lorry.server.frontend.downloads import Downloads
 from lorry.server.frontend.engine_process import COMMAND, EngineFailed, EngineProcess
 from lorry.server.frontend.handle import Handle
-from lorry.server.frontend.interface import Load, State
+from lorry.server.frontend.interface import Load, RequestHandle, State
 from lorry.server.frontend.latest import Latest
 from lorry.server.frontend.output import SequenceOutput
 from lorry.server.frontend.prepare import check_no_text, check_token_ids, generate_command
@@ -191,8 +192,9 @@ class EngineFrontend:
 
     # ---------------------------------------------------------------- requests
 
-    async def submit(self, request: Request) -> Handle:
-        return await self._submit(request)
+    async def submit(self, request: Request) -> RequestHandle:
+        handle = await self._submit(request)
+        return handle if request.best_of is None else BestOfHandle(handle, request)
 
     def abort(self, request_id: str) -> bool:
         return self._requests.abort(request_id)
@@ -269,7 +271,7 @@ class EngineFrontend:
                 min_new_tokens=request.stopping.min_new_tokens,
                 include_stop=response.include_stop,
             )
-            for _ in range(request.sampling.n)
+            for _ in range(command.sampling.n)
         ]
         handle = Handle(
             command,

@@ -138,7 +138,7 @@ class Handle:
         self._mailbox.add(index, piece.text, piece.token_ids, piece.logprobs or ())
         if piece.reason is None:
             return
-        self._finish(index, piece.reason, piece.stop, message.timings)
+        self._finish(index, piece.reason, piece.stop, message.timings, message.score)
         self._computing.discard(index)
         if message.finish is None:
             self._owner.send(Abort(self.wire_id, index))
@@ -181,9 +181,11 @@ class Handle:
                 metrics.inter_token_latency.observe(max(now - self._last_token_at[index], 0.0) / count)
         self._last_token_at[index] = now
 
-    def _finish(self, index: int, reason: FinishReason, stop: str, timings: Timings | None) -> None:
+    def _finish(
+        self, index: int, reason: FinishReason, stop: str, timings: Timings | None, score: float | None = None
+    ) -> None:
         usage = Usage(len(self._command.prompt_token_ids), self._cached_tokens, self._outputs[index].completion_tokens)
-        self._mailbox.finish(Finished(index, reason, stop, usage, timings or self._timings(index)))
+        self._mailbox.finish(Finished(index, reason, stop, usage, timings or self._timings(index), score))
 
     def _timings(self, index: int) -> Timings:
         """As far as it is known here, for sequences that did not end in the engine."""

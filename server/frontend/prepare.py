@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import msgspec
+
 from lorry.server.engine.messages import Generate, ModelInfo, StoppingParams
 from lorry.server.errors import InvalidField, PromptTooLong
 from lorry.server.frontend.request import Request
@@ -68,10 +70,14 @@ def generate_command(request: Request, wire_id: str, prompt_token_ids: Sequence[
             f"min_new_tokens {stopping.min_new_tokens} is more than the {max_new_tokens} that may be generated",
             field="stopping.min_new_tokens",
         )
+    sampling, logprobs = request.sampling, request.response.logprobs
+    if request.best_of is not None:
+        sampling = msgspec.structs.replace(sampling, n=request.best_of.candidates)
+        logprobs = logprobs or 0
     return Generate(
         request_id=wire_id,
         prompt_token_ids=list(prompt_token_ids),
-        sampling=request.sampling,
+        sampling=sampling,
         stopping=StoppingParams(
             max_new_tokens=max_new_tokens,
             min_new_tokens=stopping.min_new_tokens,
@@ -80,7 +86,7 @@ def generate_command(request: Request, wire_id: str, prompt_token_ids: Sequence[
             time_limit=stopping.time_limit,
         ),
         adapters=request.adapters,
-        logprobs=request.response.logprobs,
+        logprobs=logprobs,
         entropy=request.response.entropy,
         prompt_logprobs_from=1 if request.response.prompt_logprobs and len(prompt_token_ids) > 1 else None,
         priority=request.priority,

@@ -6,6 +6,7 @@ is built from here by `frontend/prepare.py`.
 
 from __future__ import annotations
 
+import enum
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -98,6 +99,21 @@ class ResponseOptions:
     """The entropy of the distribution with each log-probability."""
 
 
+class Ranking(enum.IntEnum):
+    """What candidates are ranked by; the values equal `lorry.v1.BestOfRanking`."""
+
+    MEAN = 1
+    SUM = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BestOf:
+    """Sample `candidates` sequences and keep the `sampling.n` best ones."""
+
+    candidates: int
+    ranking: Ranking = Ranking.MEAN
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One generation request; ranges that need no model have been checked by whoever built it."""
@@ -109,6 +125,7 @@ class Request:
     texts: SamplingTexts = SamplingTexts()
     stopping: StoppingCriteria = StoppingCriteria()
     response: ResponseOptions = ResponseOptions()
+    best_of: BestOf | None = None
     priority: int = 0
     """Higher first."""
     cache_salt: str = ""
@@ -166,6 +183,8 @@ class Finished:
     """The stop string that ended it, or ""."""
     usage: Usage
     timings: Timings
+    score: float | None = None
+    """What it was ranked by, where sequences were."""
 
 
 Event = Started | PromptLogprobs | Delta | Finished

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import msgspec
+
 from lorry.server.engine.messages import AdapterRef
 from lorry.server.errors import InvalidField
 from lorry.server.frontend.request import (
@@ -22,7 +24,7 @@ from lorry.server.frontend.request import (
     TokenPrompt,
     fresh_request_id,
 )
-from lorry.server.rpc import fields, sampling
+from lorry.server.rpc import fields, sampling, strategy
 from lorry.server.rpc.fields import refuse
 from lorry.v1 import adapter_pb2, control_pb2, generation_pb2
 
@@ -42,21 +44,16 @@ def generation(spec: generation_pb2.GenerationSpec, present: bool, vocab_size: i
     """
     if not present:
         raise InvalidField("spec is not set; accepted: a GenerationSpec", field="spec")
-    strategy = spec.WhichOneof("strategy")
-    if strategy is not None:
-        raise InvalidField(
-            f"spec.{strategy} is not served yet; leave the strategy unset for greedy decoding or sampling",
-            field=f"spec.{strategy}",
-        )
     if len(spec.cache_salt.encode()) > MAX_SALT_BYTES:
         raise refuse("spec.cache_salt", spec.cache_salt, f"at most {MAX_SALT_BYTES} bytes of UTF-8")
     return Request(
         prompt=_prompt(spec, vocab_size),
         adapters=adapter_refs("spec.adapters", spec.adapters),
-        sampling=sampling.params(spec.sampling, vocab_size),
+        sampling=msgspec.structs.replace(sampling.params(spec.sampling, vocab_size), search=strategy.search(spec)),
         texts=sampling.texts(spec.sampling),
         stopping=_stopping(spec.stopping, vocab_size),
         response=_response(spec.response),
+        best_of=strategy.best_of(spec),
         priority=fields.integer("spec.priority", spec.priority, -1000, 1000),
         cache_salt=spec.cache_salt,
         request_id=fields.request_id("spec.request_id", spec.request_id) if spec.request_id else fresh_request_id(),

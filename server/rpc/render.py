@@ -80,6 +80,7 @@ def event(value: domain.Event) -> generation_pb2.GenerateStreamResponse:
                 stop=value.stop,
                 usage=usage(value.usage),
                 timings=timings(value.timings),
+                score=value.score,
             )
             return generation_pb2.GenerateStreamResponse(finished=finished)
 
@@ -126,6 +127,7 @@ async def collect(events: AsyncIterator[domain.Event]) -> generation_pb2.Generat
                 logprobs=logprobs(sequence.logprobs),
                 reason=generation_pb2.FinishReason.Name(sequence.finished.reason),
                 stop=sequence.finished.stop,
+                score=sequence.finished.score,
             )
         )
     return response

@@ -293,7 +293,7 @@ def test_what_cannot_begin_is_decided(make_row: MakeRow, monkeypatch: pytest.Mon
 
 def test_a_strategy_begins_nothing_unless_it_says_so(make_row: MakeRow) -> None:
     class Waiting(Strategy):
-        needs_hidden_states = False
+        pass
 
     assert not Waiting().can_begin(make_row())
     with pytest.raises(NotImplementedError):

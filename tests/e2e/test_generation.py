@@ -166,6 +166,41 @@ def test_n_sequences_share_a_prompt(stub: Any) -> None:
     assert set(finished) == {0, 1, 2}
 
 
+def test_searches_answer_at_the_end_with_scores(stub: Any) -> None:
+    """Beams as a stream and whole, best first; best of n keeps what sampling the same seeds gives."""
+    wish = "beam { width: 4 groups: 2 diversity_penalty: 0.5 } sampling { n: 3 } stopping { max_new_tokens: 9 }"
+    spec = text_format.Parse(wish, gn.GenerationSpec(text="The ferry leaves"))
+    whole = stub.Generate(gn.GenerateRequest(spec=spec))
+    scores = [completion.score for completion in whole.completions]
+    assert [completion.index for completion in whole.completions] == [0, 1, 2]
+    assert all(completion.HasField("score") for completion in whole.completions)
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 3
+    events = list(stub.GenerateStream(gn.GenerateStreamRequest(spec=spec)))
+    assert [event.finished.score for event in events if event.HasField("finished")] == scores
+    assert [event.delta.text for event in events if event.HasField("delta")] == [c.text for c in whole.completions]
+
+    contrastive = text_format.Parse(
+        "contrastive { top_k: 4 penalty_alpha: 0.6 } stopping { max_new_tokens: 7 }", gn.GenerationSpec(text="A")
+    )
+    answer = stub.Generate(gn.GenerateRequest(spec=contrastive))
+    assert len(answer.completions[0].token_ids) == 7 and not answer.completions[0].HasField("score")
+    assert sum(e.HasField("delta") for e in stub.GenerateStream(gn.GenerateStreamRequest(spec=contrastive))) > 1
+
+    sampled = make("sampling { temperature: 1 seed: 7 n: 6 } stopping { max_new_tokens: 9 } response { logprobs: 0 }")
+    candidates = stub.Generate(gn.GenerateRequest(spec=sampled)).completions
+    for ranking, divided in (("MEAN", True), ("SUM", False)):
+        ranked = sorted(
+            ((sum(e.logprob for e in c.logprobs) / (len(c.token_ids) if divided else 1), c.text) for c in candidates),
+            reverse=True,
+        )
+        best = make("sampling { temperature: 1 seed: 7 n: 2 } stopping { max_new_tokens: 9 }")
+        best.best_of.candidates, best.best_of.ranking = 6, gn.BestOfRanking.Value(f"BEST_OF_RANKING_{ranking}")
+        found = stub.Generate(gn.GenerateRequest(spec=best)).completions
+        assert [completion.text for completion in found] == [text for _, text in ranked[:2]]
+        assert [c.score for c in found] == pytest.approx([score for score, _ in ranked[:2]], rel=1e-5)
+        assert [c.index for c in found] == [0, 1] and not any(c.logprobs for c in found)
+
+
 def test_filters_leave_the_most_likely_token(stub: Any) -> None:
     greedy = generate(stub).completions[0].token_ids
     for one in ("top_k: 1", "top_p: 0.000001", "min_p: 1"):

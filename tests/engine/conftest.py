@@ -21,6 +21,7 @@ from lorry.server.engine.local import LocalEngine
 from lorry.server.engine.messages import AdapterRef, Generate, SamplingParams, StoppingParams
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model
+from lorry.server.params import Search
 
 sys.path.insert(0, str(Path(__file__).parent))  # peft_oracle.py serves several tests here
 
@@ -77,6 +78,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.normal_(0, 1.1 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def dequantized(model_folder: Path) -> LlamaForCausalLM:
+    """transformers' model over the base that the engine serves."""
+    from peft_oracle import rounded_base
+
+    return rounded_base(model_folder)
 
 
 @pytest.fixture(scope="session")
@@ -158,13 +167,15 @@ def generate(
     ignore_eos: bool = True,
     min_new: int = 0,
     time_limit: float | None = None,
+    search: Search | None = None,
+    shaping: dict[str, Any] | None = None,
     **rest: Any,
 ) -> Generate:
-    """A request in few words; greedy by default."""
+    """A request in few words; greedy by default. shaping: more of its SamplingParams."""
     return Generate(
         name,
         prompt,
-        SamplingParams(temperature=temperature, seed=seed, n=n),
+        SamplingParams(temperature=temperature, seed=seed, n=n, search=search, **(shaping or {})),
         StoppingParams(new, min_new, stop, ignore_eos, time_limit),
         tuple(AdapterRef(each, weight) for each, weight in (adapters or {}).items()),
         **rest,

@@ -82,7 +82,7 @@ def test_held_tokens_are_shown_later_and_final_replaces_them(build: Any, generat
         4: ((70, 71), {"final": True, "score": -1.5}),
     }
     scripted(engine, lambda row: [ways[len(row.output_token_ids)]])
-    engine.generate(generate("held", [5, 6, 7], 3))
+    engine.generate(generate("held", [5, 6, 7], 9))
     sent = [m.token_ids for m in engine.messages if isinstance(m, Tokens)]
     assert sent == [[40], [41, 42], [70, 71]]
     assert engine.answers["held"].completions[0].finish is FinishReason.LENGTH

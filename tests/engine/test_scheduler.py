@@ -19,6 +19,7 @@ from lorry.server.engine.plan import Plan, first_share
 from lorry.server.engine.scheduler import MOST_UNREADY, PROTECT_AFTER, Limits, Scheduler
 from lorry.server.engine.sequence import Request, Sequence, Status
 from lorry.server.errors import AlreadyExists, InvalidField, LorryError, MalformedAdapter, OutOfMemory, PromptTooLong
+from lorry.server.params import BeamSearch, ContrastiveSearch
 
 
 @dataclass(eq=False)
@@ -130,12 +131,13 @@ class House:
         time_limit: float | None = None,
         deadline: float | None = None,
         score_from: int | None = None,
+        search: BeamSearch | ContrastiveSearch | None = None,
     ) -> Request:
         tokens = prompt if isinstance(prompt, list) else [self.orders + 7 * i for i in range(prompt)]
         message = Generate(
             name,
             tokens,
-            SamplingParams(n=n),
+            SamplingParams(n=n, search=search),
             StoppingParams(new, time_limit=time_limit),
             adapters=(AdapterRef(adapter),) if adapter else (),
             priority=priority,
@@ -174,8 +176,17 @@ class House:
         for piece in plan.pieces:
             self.scheduler.launched(piece)
             self.scheduler.landed(piece)
-            if piece.end == piece.sequence.length:
+            request = piece.sequence.request
+            if request.observed is not None:
+                assert piece.start <= request.observed or request.observed == len(request.prompt), "states are missing"
+                request.observed = max(request.observed, min(piece.end, len(request.prompt)))
+            if piece.end == piece.sequence.length and request.search is None:
                 self.decide(piece.sequence)
+        for part in plan.parts():
+            request = part[0].sequence.request
+            if request.search is not None and part[0].end == part[0].sequence.length:
+                assert [piece.sequence for piece in part] == request.live, "a search is decided in part"
+                self.decide_together(request)
         self.residency.tick()
         self.scheduler.check()
         return plan
@@ -194,6 +205,24 @@ class House:
                 self.scheduler.finish(each)
                 if not request.live:
                     self.ended.append(request.id)
+
+    def decide_together(self, request: Request) -> None:
+        """Drop some sequences of a search, all but one of a contrastive one, and fork the others until it is as wide as
+        it may be."""
+        live, random_ = request.live, random.Random(self.steps)
+        if len(live[0].output) + 1 >= request.message.stopping.max_new_tokens:
+            self.scheduler.end(request)
+            self.ended.append(request.id)
+            return
+        kept = random_.sample(live, 1 if request.observed is not None else random_.randint(1, len(live)))
+        for each in live:
+            if each not in kept:
+                self.scheduler.finish(each)
+        for used in range(1, request.rows - len(kept) + 1):
+            index = max(each.index for each in live) + used
+            kept.append(self.scheduler.fork(random_.choice(kept), index))
+        for number, each in enumerate(kept):
+            each.output.append(1000 * self.steps + number)
 
     def run(self, limit: int = 3000) -> None:
         for _ in range(limit):
@@ -231,6 +260,7 @@ def test_every_request_ends_whatever_happens(
                     priority=random_.choice([0, 0, 1, -1]),
                     adapter=random_.choice(["", "", "a", "b", "0x", "1y", "broken"]),
                     score_from=random_.choice([None, None, 0, 5, 16]),
+                    search=random_.choice([None, None, None, BeamSearch(2), BeamSearch(3), ContrastiveSearch(3, 0.5)]),
                 )
                 names.append(name)
             except (PromptTooLong, OutOfMemory):

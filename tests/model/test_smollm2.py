@@ -27,6 +27,7 @@ from lorry.server.model.load import load_model, open_checkpoint
 from lorry.server.model.readers.gguf import GGUFCheckpoint
 from lorry.server.model.store import default_gguf
 from lorry.server.model.weights import read_layer
+from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping, Search
 
 PROSE = (Path(__file__).parent / "prose.txt").read_text(encoding="utf-8")
 PIRATE = Path(__file__).parents[2] / "examples" / "adapters" / "pirate"
@@ -150,6 +151,50 @@ def test_gains_and_shifts_equal_peft(
         theirs = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
         assert tools.relative_rms(actual, theirs) < 1e-4
     assert tools.relative_rms(expected[1], expected[0]) > 0.02 and tools.relative_rms(expected[2], expected[0]) > 0.02
+
+
+def test_searches_equal_transformers_and_the_paper(
+    decoder: Decoder, tokenizer: Tokenizer, smollm2_folder: Path
+) -> None:
+    """Beams by transformers' generate, tokens and scores; contrastive search by its equation."""
+    model, ids = dequantized(smollm2_folder), tokenizer.encode("The lighthouse keeper opened the door and").ids
+    beams = [(BeamSearch(4), 2, False), (BeamSearch(3, 0.0, EarlyStopping.NEVER), 1, "never")]
+    contrastive, count = ContrastiveSearch(4, 0.6), 6
+    searches: list[tuple[Search, int]] = [*((search, n) for search, n, _ in beams), (contrastive, 1)]
+    asked = [
+        Generate(str(number), ids, SamplingParams(n=n, search=search), StoppingParams(count))
+        for number, (search, n) in enumerate(searches)
+    ]
+    engine = LocalEngine(decoder, EngineConfig(kv_dtype="float32", kv_memory=32 * MIB))
+    answers = engine.generate(*asked)
+    engine.close()
+    for (search, n, early_stopping), answer in zip(beams, answers, strict=False):
+        wanted: Any = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            num_beams=search.width,
+            num_return_sequences=n,
+            length_penalty=search.length_penalty,
+            early_stopping=early_stopping,
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        assert [answer.tokens(index) for index in range(n)] == wanted.sequences[:, len(ids) :].tolist()
+        scores = [answer.completions[index].score for index in range(n)]
+        assert scores == pytest.approx(wanted.sequences_scores.tolist(), rel=1e-4)
+    text = list(ids)
+    with torch.no_grad():
+        for _ in range(count):
+            states = model.model(torch.tensor([text])).last_hidden_state[0]
+            p = model.lm_head(states[-1]).softmax(-1)
+            best = p.topk(contrastive.top_k).indices.tolist()
+            behind = model.model(torch.tensor([[*text, token_id] for token_id in best])).last_hidden_state[:, -1]
+            similar = torch.cosine_similarity(behind[:, None], states[None], dim=-1).amax(dim=1)
+            text.append(best[int((0.4 * p[best] - 0.6 * similar).argmax())])
+    assert answers[-1].tokens() == text[len(ids) :]
 
 
 def test_it_knows_its_capitals(decoder: Decoder, tokenizer: Tokenizer, tools: Any) -> None:

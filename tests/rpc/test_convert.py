@@ -13,7 +13,8 @@ from google.protobuf.descriptor import Descriptor
 
 from lorry.server.engine.messages import AdapterRef, Dry, Mirostat
 from lorry.server.errors import InvalidField
-from lorry.server.frontend.request import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from lorry.server.frontend.request import BestOf, ChatMessage, ChatPrompt, Ranking, TextPrompt, TokenPrompt
+from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping
 from lorry.server.rpc import convert
 from lorry.v1 import adapter_pb2 as ad
 from lorry.v1 import control_pb2 as ct
@@ -103,6 +104,18 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ("sampling { logit_bias { key: 210 value: -100 } }", "sampling.logit_bias", {210: -100.0}),
     ("sampling { n: 16 }", "sampling.n", 16),
     ("", "sampling.n", 1),
+    ("", "sampling.search", None),
+    ("beam { width: 2 }", "sampling.search", BeamSearch(2)),
+    (
+        "beam { width: 16 length_penalty: 0 early_stopping: EARLY_STOPPING_NEVER groups: 4 diversity_penalty: 0.5 }"
+        " sampling { n: 16 repetition_penalty: 1.5 }",
+        "sampling.search",
+        BeamSearch(16, 0.0, EarlyStopping.NEVER, 4, 0.5),
+    ),
+    ("contrastive { top_k: 4 penalty_alpha: 0 }", "sampling.search", ContrastiveSearch(4, 0.0)),
+    ("", "best_of", None),
+    ("best_of { candidates: 5 } sampling { n: 5 }", "best_of", BestOf(5)),
+    ("best_of { candidates: 2 ranking: BEST_OF_RANKING_SUM }", "best_of", BestOf(2, Ranking.SUM)),
     ("", "stopping.max_new_tokens", None),
     ("stopping { max_new_tokens: 1 min_new_tokens: 1 }", "stopping.max_new_tokens", 1),
     ("stopping { min_new_tokens: 9 }", "stopping.min_new_tokens", 9),

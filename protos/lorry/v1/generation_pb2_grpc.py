@@ -76,7 +76,8 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """GenerateStream sends Started, then Deltas as tokens are decoded, and one Finished for each sequence.
+        """GenerateStream sends Started, then Deltas as tokens are decoded, and one Finished for each sequence. Beam search and
+        best of n know their answers at the end only: then all Deltas come at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
