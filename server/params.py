@@ -5,7 +5,19 @@ A leaf: the messages between the processes carry these types and decoding reads 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+
+
+class StructuredOutput(msgspec.Struct, frozen=True):
+    """The language of the answers; see `decoding/grammar.py`. kind: the field of the contract that names it."""
+
+    kind: GrammarKind
+    text: str = ""  # of a choice a JSON list, of json_object nothing
+    skip_forced: bool = False
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -19,6 +31,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    structured_output: StructuredOutput | None = None
     seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
     n: int = 1
 
