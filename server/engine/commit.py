@@ -199,6 +199,8 @@ class Committer:
         needs_hidden = self.strategy.needs_hidden_states
         try:
             return self.strategy.decide(rows, logits, hidden[sources] if needs_hidden else None)
+        except LorryError as error:
+            log.warning("%d rows cannot be decided together, trying them one by one: %s", len(rows), error)
         except Exception:
             log.exception("%d rows cannot be decided together, trying them one by one", len(rows))
         continuations: list[Continuation] = []
@@ -208,6 +210,8 @@ class Committer:
             state = hidden[source : source + 1]
             try:
                 decided = self.strategy.decide([row], self.runner.decoder.logits(state), state)
+            except LorryError as error:
+                self.fail(sequences[place].request, error)
             except Exception:
                 self.fault(sequences[place].request)
             else:
@@ -247,11 +251,13 @@ class Committer:
     def _reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         """Whether `token_id`, the last of the output, ends the sequence."""
         stopping, count = sequence.request.message.stopping, len(sequence.output)
-        if count > stopping.min_new_tokens:
-            if token_id in self.eos_token_ids and not stopping.ignore_eos:
-                return FinishReason.EOS
-            if token_id in stopping.stop_token_ids:
-                return FinishReason.STOP
+        enough = count > stopping.min_new_tokens
+        # where a grammar has ended nothing else is left, however short the output is
+        ends = enough or sequence.request.message.sampling.structured_output is not None
+        if ends and token_id in self.eos_token_ids and not stopping.ignore_eos:
+            return FinishReason.EOS
+        if enough and token_id in stopping.stop_token_ids:
+            return FinishReason.STOP
         if count >= stopping.max_new_tokens or sequence.length >= self.scheduler.limits.context_length:
             return FinishReason.LENGTH
         return None

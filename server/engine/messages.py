@@ -23,6 +23,7 @@ import msgspec
 
 from lorry.server.params import SamplingParams as SamplingParams
 from lorry.server.params import StoppingParams as StoppingParams
+from lorry.server.params import StructuredOutput as StructuredOutput
 from lorry.server.params import TokenLogprob as TokenLogprob
 from lorry.server.params import TokenLogprobs as TokenLogprobs
 
@@ -247,6 +248,8 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     histograms: list[Histogram] = []
     adapters_loaded: int = 0
     adapters: AdapterStats | None = None
+    grammar_rows: int = 0  # running sequences whose output is structured
+    grammar_hits: int = 0  # grammars of requests that were compiled already
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

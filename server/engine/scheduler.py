@@ -5,11 +5,12 @@
        └────preempt───────┘
 
 Every list is in rank order: protected sequences first, then by priority, then by arrival. A step decodes first, one
-token for each running sequence; what is left of the token budget goes to prompts, in chunks. A decode that finds no
-block takes those of the sequence with the last rank, which is recomputed later. Nobody starves: the first in rank is
-never preempted, a sequence preempted PROTECT_AFTER times ranks before all others, and every OLDEST_EVERY-th admission
-goes to the oldest, whatever its priority. A request whose adapters are not ready is passed over, however many there
-are; whom `ready` lets in while others wait for room is the adapters' business.
+token for each running sequence; what is left of the token budget goes to prompts, in chunks, and to sequences that
+gained several tokens at once. A decode that finds no block takes those of the sequence with the last rank, which is
+recomputed later. Nobody starves: the first in rank is never preempted, a sequence preempted PROTECT_AFTER times ranks
+before all others, and every OLDEST_EVERY-th admission goes to the oldest, whatever its priority. A request whose
+adapters are not ready is passed over, however many there are; whom `ready` lets in while others wait for room is the
+adapters' business.
 """
 
 from __future__ import annotations
@@ -179,7 +180,10 @@ class Scheduler:
     def _decode(self, plan: Plan) -> None:
         for sequence in list(self.running):
             start, end = sequence.computed, sequence.length
-            if sequence.status is not Status.RUNNING or end - start != 1 or self._over(sequence):
+            if sequence.status is not Status.RUNNING or self._over(sequence):
+                continue
+            several = end - start > 1
+            if several and not sequence.output:  # a prompt has its blocks from its admission on
                 continue
             while (cost := sequence.table.cost(start, end)) > self.allocator.available:
                 victim = self.running[-1]  # never one that is in the plan: those rank before `sequence`
@@ -189,7 +193,8 @@ class Scheduler:
             else:
                 if cost > 0:
                     plan.copies += sequence.table.prepare(start, end)
-                plan.pieces.append(Piece(sequence, start, end))
+                if not several:
+                    plan.pieces.append(Piece(sequence, start, end))
 
     def _over(self, sequence: Sequence) -> bool:
         """Whether its unread token will be its last, whatever it is."""

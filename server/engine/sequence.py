@@ -13,6 +13,7 @@ from lorry.server.engine.messages import AdapterRef, Generate, Timings, TokenLog
 
 if TYPE_CHECKING:
     from lorry.server.decoding.interface import Row
+    from lorry.server.grammars.compiling import Compiled
 
 Combo = tuple[tuple[int, float], ...]  # (slot of a resident adapter, weight) each, in the request's order
 
@@ -55,6 +56,7 @@ class Request:
 
     order: number of the request in this engine, by arrival
     lease: None for the base
+    grammar: of its structured output, held so that it stays compiled
     adapters, namespace: of what the request runs on, with revisions; void before `resolve`. The namespace has no
         adapters where they are not invoked
     wants: ids of its adapters
@@ -62,12 +64,15 @@ class Request:
     pending: indices of sequences that are not born yet; the first sequence carries the prompt for all of them
     """
 
-    def __init__(self, message: Generate, order: int, lease: Lease | None = None) -> None:
+    def __init__(
+        self, message: Generate, order: int, lease: Lease | None = None, grammar: Compiled | None = None
+    ) -> None:
         self.id = message.request_id
         self.message = message
         self.prompt = message.prompt_token_ids
         self.order = order
         self.lease = lease
+        self.grammar = grammar
         self.wants = tuple(ref.id for ref in message.adapters)
         self.adapters: tuple[AdapterRef, ...] = ()
         self.namespace = Namespace()
