@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import typer
 
@@ -51,3 +52,14 @@ def biased_token(text: str) -> tuple[int, float]:
         return int(token), float(bias)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no bias; write TOKEN_ID=BIAS") from None
+
+
+def file_or_text(text: str) -> str:
+    """What the file of this name holds, or the text itself where there is none."""
+    path = Path(text)
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else text
+    except OSError:  # too long for a name
+        return text
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{text} is no text in UTF-8") from None

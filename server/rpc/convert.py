@@ -6,8 +6,11 @@ its value and what is accepted. Ranges stand in the sentences of the protos; def
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+
+import msgspec
 
 from lorry.server.engine.messages import AdapterRef
 from lorry.server.errors import InvalidField
@@ -23,7 +26,7 @@ from lorry.server.frontend.request import (
     fresh_request_id,
     fresh_seed,
 )
-from lorry.server.params import SamplingParams
+from lorry.server.params import GrammarKind, SamplingParams, StructuredOutput
 from lorry.server.rpc import fields
 from lorry.server.rpc.fields import refuse
 from lorry.v1 import adapter_pb2, control_pb2, generation_pb2
@@ -37,6 +40,10 @@ MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_SALT_BYTES = 256
 MAX_PAGE = 1000
+MAX_GRAMMAR_LENGTH = 262_144
+MAX_REGEX_LENGTH = 16_384
+MAX_CHOICES = 1024
+MAX_CHOICE_LENGTH = 4096
 
 
 def generation(spec: generation_pb2.GenerationSpec, present: bool, vocab_size: int, deadline: float | None) -> Request:
@@ -57,7 +64,9 @@ def generation(spec: generation_pb2.GenerationSpec, present: bool, vocab_size: i
     return Request(
         prompt=_prompt(spec, vocab_size),
         adapters=adapter_refs("spec.adapters", spec.adapters),
-        sampling=_sampling(spec.sampling, vocab_size),
+        sampling=msgspec.structs.replace(
+            _sampling(spec.sampling, vocab_size), structured_output=_structured_output(spec)
+        ),
         stopping=_stopping(spec.stopping, vocab_size),
         response=_response(spec.response),
         priority=fields.integer("spec.priority", spec.priority, -1000, 1000),
@@ -170,6 +179,52 @@ def _logit_bias(path: str, bias: dict[int, float], vocab_size: int) -> dict[int,
             raise refuse(f"{path}[{token}]", token, f"token ids 0 to {vocab_size - 1}")
         fields.number(f"{path}[{token}]", value, -100, 100)
     return bias
+
+
+def _structured_output(spec: generation_pb2.GenerationSpec) -> StructuredOutput | None:
+    """Lengths and combinations; whether the grammar itself is served says who compiles it."""
+    if not spec.HasField("structured_output"):
+        return None
+    path, wanted = "spec.structured_output", spec.structured_output
+    kind: GrammarKind
+    match wanted.WhichOneof("constraint"):
+        case "json_schema":
+            kind, text = "json_schema", _grammar(f"{path}.json_schema", wanted.json_schema, MAX_GRAMMAR_LENGTH)
+        case "json_object":
+            if not wanted.json_object:
+                raise refuse(f"{path}.json_object", wanted.json_object, "true")
+            kind, text = "json_object", ""
+        case "regex":
+            kind, text = "regex", _grammar(f"{path}.regex", wanted.regex, MAX_REGEX_LENGTH)
+        case "choice":
+            kind, text = "choice", _choices(f"{path}.choice.values", wanted.choice.values)
+        case "grammar":
+            kind, text = "grammar", _grammar(f"{path}.grammar", wanted.grammar, MAX_GRAMMAR_LENGTH)
+        case _:
+            raise InvalidField(
+                f"{path} is empty; accepted: one of json_schema, json_object, regex, choice, grammar", field=path
+            )
+    if spec.stopping.ignore_eos:
+        raise refuse("spec.stopping.ignore_eos", True, f"false with {path}, which says where the answer ends")
+    if wanted.skip_forced and spec.response.HasField("logprobs"):
+        raise refuse(f"{path}.skip_forced", True, "false with response.logprobs: what is skipped has none")
+    return StructuredOutput(kind, text, wanted.skip_forced)
+
+
+def _grammar(path: str, text: str, most: int) -> str:
+    if not 1 <= len(text) <= most:
+        raise InvalidField(f"{path} has {len(text)} characters; accepted: 1 to {most}", field=path, value=len(text))
+    return text
+
+
+def _choices(path: str, choices: Sequence[str]) -> str:
+    """The choices as a JSON list."""
+    if not 1 <= len(choices) <= MAX_CHOICES:
+        raise InvalidField(f"{path} has {len(choices)} texts; accepted: 1 to {MAX_CHOICES}", field=path)
+    for index, choice in enumerate(choices):
+        _grammar(f"{path}[{index}]", choice, MAX_CHOICE_LENGTH)
+    fields.unique(path, choices)
+    return json.dumps(list(choices))
 
 
 def _stopping(criteria: generation_pb2.StoppingCriteria, vocab_size: int) -> StoppingCriteria:
