@@ -133,7 +133,7 @@ def forbid(rows: Sequence[Row], places: Sequence[int], masks: NDArray[np.int32],
         if not ends:
             raise InvalidField(
                 "no token is left that both the grammar and the request's other fields allow",
-                field="spec.structured_output",
+                field="structured_output",
             )
         logits[places[index], ends] = 0.0
 

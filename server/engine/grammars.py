@@ -21,7 +21,7 @@ class GrammarDesk:
 
     def __init__(self, library: Library | None, refusal: LorryError | None = None) -> None:
         self.library = library
-        self.refusal = refusal or InvalidField("the model has no tokenizer", field="spec.structured_output")
+        self.refusal = refusal or InvalidField("the model has no tokenizer", field="structured_output")
         self.hits = 0  # grammars of requests that were at hand
         self._threads = ThreadPoolExecutor(1, "grammars")
         self._held: dict[str, list[Generate | Abort]] = {}

@@ -173,7 +173,7 @@ class EngineFrontend:
             self._drain_timer.cancel()
         self._downloads.close()
         if self._grammars is not None:
-            self._grammars.close()
+            await self._grammars.close()
         self._adapters.close()
         await self._engine.stop(at_once)
 

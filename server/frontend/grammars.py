@@ -56,10 +56,10 @@ class GrammarChecks:
         if error is not None:
             raise from_wire(error.kind, error.message, error.fields)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the process; no check begins any more."""
         self._closed = True
-        self._kill()
+        await self._kill()
 
     def _keep(self, key: tuple[str, str], error: LorryError | None) -> None:
         self._verdicts[key] = error
@@ -69,24 +69,24 @@ class GrammarChecks:
             self._characters -= len(text)
 
     async def _ask(self, wanted: StructuredOutput) -> LorryError | None:
-        field = f"spec.structured_output.{wanted.kind}"
-        process = await self._started()
-        try:
-            async with asyncio.timeout(self._seconds):
-                verdict = await self._answer(process, wanted)
-        except TimeoutError:
-            self._kill()
-            return InvalidField(f"{field} is refused: it takes more than {self._seconds:g} s to compile", field=field)
-        except BaseException:
-            self._kill()  # its next answer would be taken for another's
-            raise
-        if verdict is None:
-            self._kill()
-            if self._closed:
-                raise Draining("the server is going away")
-            logger.warning("a grammar of %d characters ended the process that compiled it", len(wanted.text))
-            return InvalidField(f"{field} is refused: it takes too much memory to compile", field=field)
-        return from_wire(verdict.kind, verdict.message, verdict.fields) if verdict.kind else None
+        field = f"structured_output.{wanted.kind}"
+        for _ in range(2):  # the process may have ended for a reason of its own
+            process = await self._started()
+            try:
+                async with asyncio.timeout(self._seconds):
+                    verdict = await self._answer(process, wanted)
+            except TimeoutError:
+                await self._kill()
+                late = f"{field} is refused: it takes more than {self._seconds:g} s to compile"
+                return InvalidField(late, field=field)
+            except BaseException:
+                await self._kill()  # its next answer would be taken for another's
+                raise
+            if verdict is not None:
+                return from_wire(verdict.kind, verdict.message, verdict.fields) if verdict.kind else None
+            await self._kill()
+        logger.warning("a grammar of %d characters ended the process that compiled it", len(wanted.text))
+        return InvalidField(f"{field} is refused: it takes too much memory to compile", field=field)
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._closed:
@@ -101,12 +101,12 @@ class GrammarChecks:
             async with asyncio.timeout(START_SECONDS):
                 ready = await self._answer(self._process, self._vocabulary)
         except BaseException as error:
-            self._kill()
+            await self._kill()
             if isinstance(error, TimeoutError):
                 raise EngineUnavailable("grammars cannot be checked now") from error
             raise
         if ready is None or ready.kind:
-            self._kill()
+            await self._kill()
             if ready is not None:
                 raise from_wire(ready.kind, ready.message, ready.fields)
             logger.error("the process that checks grammars does not start")
@@ -123,8 +123,9 @@ class GrammarChecks:
         line = await process.stdout.readline()
         return msgspec.json.decode(line, type=Verdict) if line else None
 
-    def _kill(self) -> None:
+    async def _kill(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+            await asyncio.shield(process.wait())

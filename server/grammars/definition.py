@@ -62,7 +62,7 @@ def refused(wanted: StructuredOutput, reason: str) -> InvalidField:
 
 def field(wanted: StructuredOutput) -> str:
     """The path that the contract gives it."""
-    return f"spec.structured_output.{wanted.kind}"
+    return f"structured_output.{wanted.kind}"
 
 
 def _json(text: str) -> str:

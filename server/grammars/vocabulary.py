@@ -23,9 +23,7 @@ def load_vocabulary(folder: Path, vocab_size: int, eos_token_ids: Sequence[int])
     path = folder / "tokenizer.json"
     ending = [token for token in eos_token_ids if token < vocab_size]
     if not ending:
-        raise InvalidField(
-            "the model has no end-of-sequence token, so no answer could end", field="spec.structured_output"
-        )
+        raise InvalidField("the model has no end-of-sequence token, so no answer could end", field="structured_output")
     if path.is_file():
         backend = Tokenizer.from_file(str(path))
     else:
@@ -36,19 +34,15 @@ def load_vocabulary(folder: Path, vocab_size: int, eos_token_ids: Sequence[int])
     try:
         return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=ending)
     except ValueError as error:
-        raise InvalidField(
-            f"the model's tokenizer serves no grammars: {error}", field="spec.structured_output"
-        ) from error
+        raise InvalidField(f"the model's tokenizer serves no grammars: {error}", field="structured_output") from error
 
 
 def _converted(folder: Path) -> Tokenizer:
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model", "vocab.json")):
-        raise InvalidField(
-            "the model has no tokenizer: only token ids are taken and given", field="spec.structured_output"
-        )
+        raise InvalidField("the model has no tokenizer: only token ids are taken and given", field="structured_output")
     from transformers import AutoTokenizer
 
     backend = getattr(AutoTokenizer.from_pretrained(str(folder), local_files_only=True), "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
-        raise InvalidField("the model's tokenizer has no fast form", field="spec.structured_output")
+        raise InvalidField("the model's tokenizer has no fast form", field="structured_output")
     return backend

@@ -218,7 +218,7 @@ def test_a_request_that_leaves_no_token_is_refused(make_row: Any, library: Libra
 
 def test_a_limit_that_is_met_on_the_way_is_named(make_row: Any, library: Library, tokenizer: Any) -> None:
     row = make_row(eos=(EOS,), output=tokenizer.encode("zzz").ids, structured_output=COLOURS)
-    with pytest.raises(InvalidField, match=r"spec\.structured_output\.choice cannot go on after 2 tokens"):
+    with pytest.raises(InvalidField, match=r"structured_output\.choice cannot go on after 2 tokens"):
         strategy(library).decide([row], random_logits(1, 1))
 
 

@@ -287,7 +287,7 @@ def test_a_grammar_that_is_not_served_fails_its_request_alone(engine_of: Build) 
         request("bad", StructuredOutput("json_schema", '{"not": {}}')), request("good", DATE, seed=1)
     )
     assert isinstance(bad.error, InvalidField)
-    assert bad.error.fields["field"] == "spec.structured_output.json_schema"
+    assert bad.error.fields["field"] == "structured_output.json_schema"
     assert good.error is None and good.completions[0].finish is FinishReason.EOS
 
 

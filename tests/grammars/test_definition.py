@@ -174,7 +174,7 @@ REFUSED: list[tuple[GrammarKind, str, str]] = [
 def test_refused(kind: GrammarKind, text: str, words: str, vocabulary: Any) -> None:
     with pytest.raises(InvalidField) as caught:
         compiled(StructuredOutput(kind, text), vocabulary)
-    assert caught.value.fields["field"] == f"spec.structured_output.{kind}"
+    assert caught.value.fields["field"] == f"structured_output.{kind}"
     assert words in caught.value.message
     assert len(caught.value.message) < 500
 

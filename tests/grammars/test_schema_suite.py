@@ -57,7 +57,7 @@ def test_what_is_served_admits_valid_instances_only(draft: str, vocabulary: Any,
         if text is not None:
             ended += 1
             VALIDATORS[draft](schema).validate(json.loads(text))
-    path = "spec.structured_output.json_schema"
+    path = "structured_output.json_schema"
     assert all(field == path and message.startswith(f"{path} is refused: ") for field, message in refusals)
     assert served >= SERVED[draft]
     assert ended >= 0.9 * served
