@@ -31,6 +31,9 @@ from lorry.server.grammars.definition import field as field_of
 from lorry.server.grammars.library import Library
 from lorry.server.params import StructuredOutput
 
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+SUMMANDS = np.where(_BITS == 1, np.float32(0), np.float32(-np.inf))  # [256, 8]
+
 
 @dataclass(slots=True)
 class Progress:
@@ -116,26 +119,38 @@ def forbid(rows: Sequence[Row], places: Sequence[int], masks: NDArray[np.int32],
     A row that min_new_tokens keeps from ending, and whose grammar leaves nothing else, ends. Raises InvalidField for
     one that nothing is left for.
     """
-    vocabulary = logits.shape[1]
-    bits = np.unpackbits(np.invert(masks).view(np.uint8), axis=1, bitorder="little")[:, :vocabulary]
-    forbidden = torch.from_numpy(bits).view(torch.bool).to(logits.device)
-    if len(places) == len(logits):
-        logits.masked_fill_(forbidden, -torch.inf)
-        most = logits.amax(dim=1)
-    else:
-        at = torch.tensor(places, device=logits.device)
-        part = logits[at].masked_fill_(forbidden, -torch.inf)
+    whole = len(places) == len(logits)
+    at = torch.tensor(places, device=logits.device)
+    part = cut(logits if whole else logits[at], masks)
+    if not whole:
         logits[at] = part
-        most = part.amax(dim=1)
-    for index in (most == -torch.inf).nonzero().flatten().tolist():
-        row = rows[index]
-        ends = [token for token in row.eos_token_ids if token < vocabulary and not bits[index, token]]
+    for index in (part.amax(dim=1) == -torch.inf).nonzero().flatten().tolist():
+        ends = [token for token in rows[index].eos_token_ids if masks[index, token // 32] >> token % 32 & 1]
         if not ends:
             raise InvalidField(
-                "no token is left that both the grammar and the request's other fields allow",
-                field="structured_output",
+                "no token is left that both the grammar and the request's other fields allow", field="structured_output"
             )
         logits[places[index], ends] = 0.0
+
+
+def cut(logits: Tensor, masks: NDArray[np.int32]) -> Tensor:
+    """logits float32 [R, V], changed in place, with -inf where masks int32 [R, ⌈V / 32⌉] has no bit.
+
+    On a CPU each byte of the mask becomes eight summands by a table, which takes 0.9 ms for 16 rows of 49,152, where
+    masked_fill takes 2.3 to 5.5 (one core).
+    """
+    rows, vocabulary = logits.shape
+    if logits.device.type == "cpu":
+        summands = np.take(SUMMANDS, masks.view(np.uint8), axis=0, mode="clip").reshape(rows, -1)
+        return logits.add_(torch.from_numpy(summands[:, :vocabulary]))
+    return cut_on_device(logits, masks)
+
+
+def cut_on_device(logits: Tensor, masks: NDArray[np.int32]) -> Tensor:
+    """`cut`, with the bits unpacked where the logits are."""
+    words = torch.from_numpy(masks).to(logits.device)
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
+    return logits.masked_fill_(bits.view(len(masks), -1)[:, : logits.shape[1]] == 0, -torch.inf)
 
 
 def wanted(row: Row) -> StructuredOutput:

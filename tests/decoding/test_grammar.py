@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorry.server.decoding.forced import SkipForced
-from lorry.server.decoding.grammar import Grammar
+from lorry.server.decoding.grammar import Grammar, cut, cut_on_device
 from lorry.server.decoding.interface import Row
 from lorry.server.decoding.processors import Processors
 from lorry.server.decoding.sampling import Sampling
@@ -251,6 +251,23 @@ def test_forced_text_is_skipped_and_is_the_same_text(make_row: Any, library: Lib
     assert texts[0] == texts[1]
     assert json.loads(texts[0])["first_coordinate"] == json.loads(texts[0])["second_coordinate"] == 7
     assert steps[1] < 0.7 * steps[0], steps
+
+
+@pytest.mark.parametrize("way", [cut, cut_on_device])
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 77, 331])
+def test_a_mask_is_cut_from_logits(vocab: int, way: Callable[..., Tensor]) -> None:
+    generator = np.random.default_rng(vocab)
+    masks = generator.integers(-(2**31), 2**31, (5, (vocab + 31) // 32), dtype=np.int64).astype(np.int32)
+    masks[0], masks[1] = 0, -1
+    logits = torch.randn(5, vocab)
+    wanted = logits.clone()
+    for row in range(5):
+        for token in range(vocab):
+            if not int(masks[row, token // 32]) >> (token % 32) & 1:
+                wanted[row, token] = -torch.inf
+    changed = logits.clone()
+    assert way(changed, masks) is changed
+    assert torch.equal(changed, wanted)
 
 
 def test_on_another_device_rows_wait_for_the_host(make_row: Any, library: Library) -> None:
