@@ -32,6 +32,7 @@ class AdapterReference(Protocol):
 class Version:
     """One content of an adapter, wherever its bytes are: `slot` on the device, `host` in memory, else on disk.
 
+    slots: while it has a slot, all of them, as `PagePool.all_slots` says.
     A content that was evicted and read again may have another revision, as long as no lease has started on it.
     candidate: loads to replace the current version, and no other than `replaces`, if that is set.
     loading: queued or being read. files: their state when it was read, or when they were tried last.
@@ -46,6 +47,7 @@ class Version:
     additive: bool = True
     invocation_tokens: tuple[int, ...] = ()
     slot: int | None = None
+    slots: tuple[int, ...] = ()
     host: CanonicalAdapter | None = None
     loading: bool = False
     candidate: bool = False
@@ -119,11 +121,11 @@ class Lease:
 
     @property
     def combo(self) -> Combo:
-        """(slot, weight) of each adapter; valid while the lease is pinned, slots may differ the next time."""
+        """(slot, weight) for each slot of each adapter; valid while the lease is pinned, later they may differ."""
         combo = []
         for part in self.parts:
             assert self.pinned and part.version.slot is not None
-            combo.append((part.version.slot, part.weight))
+            combo += [(slot, part.weight) for slot in part.version.slots]
         return tuple(combo)
 
     @property

@@ -151,8 +151,8 @@ class Residency:
                 self._closing.clear()
                 return
             needed = [v for v in head.versions() if v.slot is None]
-            demand, slots = self._floor(head)
-            if not self.pool.ever_fits(demand, slots):
+            demand = self._floor(head)
+            if not self.pool.ever_fits(demand):
                 fail(head, self.pool.too_small(demand))
             elif self._make_room(head, needed):
                 self._closing.clear()
@@ -188,14 +188,14 @@ class Residency:
         )
         return min((lease for lease in complete if lease is not None), key=lambda lease: lease.order, default=None)
 
-    def _floor(self, lease: Lease) -> tuple[Demand, int]:
-        """Pages and slots that the lease takes together with the pinned adapters, which never go."""
+    def _floor(self, lease: Lease) -> Demand:
+        """What the lease takes together with the pinned adapters, which never go."""
         versions = lease.versions()
         slots = {v.slot for v in versions if v.slot is not None}
         slots |= {slot for slot, v in self.by_slot.items() if v.entry.pinned and not v.retired}
         hosted = [v.host for v in versions if v.slot is None and v.host is not None]
         demands = [self.pool.demand(hosted), *(self.pool.demand_of(slot) for slot in slots)]
-        return tuple(map(sum, zip(*demands, strict=True))), len(hosted) + len(slots)
+        return tuple(map(sum, zip(*demands, strict=True)))
 
     def _make_room(self, head: Lease, needed: list[Version]) -> bool:
         """Evict what may go; when that is too little, close what is in use."""
@@ -206,7 +206,7 @@ class Residency:
             came_before = lambda lease: lease.order < head.order
             older = (lease for v in self.by_slot.values() for lease in takewhile(came_before, v.leases))
             protected |= self._slots_of(lease for lease in older if not lease.pinned)
-        victims = self.pool.make_room(demand, len(needed), protected)
+        victims = self.pool.make_room(demand, protected)
         if victims is None:
             others = [
                 slot
@@ -214,7 +214,7 @@ class Residency:
                 if slot not in own and not (self.by_slot[slot].entry.pinned and not self.by_slot[slot].retired)
             ]
             others.sort(key=lambda slot: slot not in self._closing)  # stable: whoever was closed stays so
-            self._closing = set(self.pool.enough(demand, len(needed), others) or ())  # (): first let copies end
+            self._closing = set(self.pool.enough(demand, others) or ())  # (): first let copies end
             return False
         for slot in victims:
             if slot in self.by_slot:  # an eviction may have ended the last lease of another victim
@@ -228,6 +228,7 @@ class Residency:
     def _reserve(self, version: Version) -> None:
         assert version.host is not None
         version.slot = self.pool.reserve(version.host)
+        version.slots = self.pool.all_slots(version.slot)
         del self.hosted[version]
         self.by_slot[version.slot] = version
         self._filling[version] = time.monotonic()

@@ -6,6 +6,7 @@ starts[s] … starts[s+1]: rows of segment s        slots[s, :], weights[s, :]: 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -40,3 +41,8 @@ def build_segments(runs: Iterable[tuple[int, Combo]]) -> Segments:
         slots=torch.tensor([[slot for slot, _ in row] for row in padded], dtype=torch.int32).view(len(combos), width),
         weights=torch.tensor([[w for _, w in row] for row in padded], dtype=torch.float32).view(len(combos), width),
     )
+
+
+def rows_of(segments: Segments, first: int, last: int) -> Segments:
+    """The segments of rows [first, last) alone; those without rows there are empty."""
+    return replace(segments, starts=segments.starts.clamp(first, last) - first)

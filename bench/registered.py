@@ -25,6 +25,7 @@ from load import Percentiles, RequestTimes, percentiles, stream_request
 from prometheus_client.parser import text_string_to_metric_families
 from workload import Workload, adapter_name, linear_shapes, write_adapters
 
+from lorry.adapters.device.pool import size_classes
 from lorry.adapters.device.slabs import SlabAllocator
 from lorry.adapters.layout import ModelLayout
 from lorry.adapters.reading.spec import CONFIG_NAME
@@ -57,17 +58,18 @@ def layout_of(model: Path) -> ModelLayout:
     """Of the model whose config.json lies in a folder."""
     config = json.loads((model / "config.json").read_text())
     sites = {site: (inner, out) for site, (out, inner) in linear_shapes(config).items()}
-    return ModelLayout(config["num_hidden_layers"], sites)
+    vocabulary, hidden = config["vocab_size"], config["hidden_size"]
+    ends = {"embed_tokens": (vocabulary, hidden), "lm_head": (hidden, vocabulary)}
+    return ModelLayout(config["num_hidden_layers"], sites, ends=ends)
 
 
 def pool_bytes(layout: ModelLayout, adapters: int, rank: int) -> int:
     """Bytes of the least arena that holds so many adapters of a rank on all linears, within a percent."""
-    vectors = {layout.vector_elements(site, torch.bfloat16) for site in layout.sites}
-    sizes = sorted(vectors | {layout.page_elements(site) for site in layout.sites})
+    sizes, rare = size_classes(layout, torch.bfloat16)
     counts = [sum(layout.page_elements(site) == size for _, site in layout.linears()) for size in sizes]
     demand = tuple(count * -(-rank // 16) * adapters for count in counts)
     capacity = sum(number * size for number, size in zip(demand, sizes, strict=True))
-    while not SlabAllocator(sizes, capacity).ever_fits(demand):
+    while not SlabAllocator(sizes, capacity, rare).ever_fits(demand):
         capacity += max(1, capacity // 100)
     return capacity * PAGE_BYTES
 

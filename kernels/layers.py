@@ -201,7 +201,7 @@ class Layers:
         )
         if segments is not None:
             assert pages is not None, "segments without pages"
-            step.arena, step.arena_type = pages.arena.data_ptr(), native.ELEMENT_TYPES[pages.arena.dtype]
+            step.arena, step.arena_type = pages.arena.data_ptr(), native.PAGE_TYPES[pages.arena.dtype]
             step.offsets, step.scaling = pages.offsets.data_ptr(), pages.scaling.data_ptr()
             step.sites, step.max_pages = pages.offsets.shape[2], pages.offsets.shape[3]
             step.starts, step.adapter_slots = segments.starts.data_ptr(), segments.slots.data_ptr()

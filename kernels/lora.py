@@ -11,9 +11,10 @@ Source: LoRA (arXiv:2106.09685); DoRA's gain (arXiv:2402.09353); segments as in 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,12 @@ from torch import Tensor
 from lorry.kernels import dispatch, native
 
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+END_SITES = ("embed_tokens", "lm_head")
+EMBEDDING, HEAD = range(2)  # their indices
 PAGE_RANK = 16
+BYTES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Types of 8-bit pages, and the largest number of each."""
+
 VECTORS = 1  # added to the offset of a vector page, which like all offsets is a multiple of 8
 
 
@@ -29,15 +35,18 @@ VECTORS = 1  # added to the offset of a vector page, which like all offsets is a
 class AdapterPages:
     """Resident tables, owned and filled by the adapter pool, read by the kernels.
 
-    arena: flat bfloat16, float16 or float32; a page is A [16, K] followed by B [16, N] at an element offset.
+    arena: flat bfloat16, float16, float32, or of BYTES; a page is A [16, K] followed by B [16, N] at an element offset,
+    in 8 bits with float32 [16] behind them: scales of the ranks, that of A and that of B in one.
     offsets: int64 [slots, layers, sites, max_pages], element offset of the page or -1; used pages come first, behind
     them the offset of a vector page + VECTORS: float32 [2, N], gain and shift, whatever the arena's dtype.
     scaling: float32 [slots, layers, sites], of the pages, not of the vectors.
+    ends: the same of `END_SITES`, one layer of two sites, over the same arena; None: no adapter can change these.
     """
 
     arena: Tensor
     offsets: Tensor
     scaling: Tensor
+    ends: AdapterPages | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,7 @@ class LoraTerm:
     """A LoRA sum on a GPU, of which one kernel does the first half (shrink) and a later one the second (expand).
 
     sites: those that share x, with consecutive indices: (q, k, v), (o,), (gate, up) or (down,). in_features: K.
+    one_hot: x has a single 1 in each row.
     """
 
     routes: Routes
@@ -112,6 +122,12 @@ class LoraTerm:
     layer: int
     sites: tuple[Site, ...]
     in_features: int
+    one_hot: bool = False
+
+    @property
+    def splits(self) -> int:
+        """Of K, whose sums lie in `Routes.partial` one by one."""
+        return 1 if self.one_hot else shrink_splits(self.in_features)
 
 
 def make_routes(
@@ -166,13 +182,33 @@ def lora_add_reference(
     y: Tensor, x: Tensor, pages: AdapterPages, layer: int, sites: tuple[Site, ...], segments: Segments
 ) -> None:
     """As `lora_add`, in float32."""
-    in_features = x.shape[1]
+    _add_reference(y, x.shape[1], lambda rows, a: x[rows].float() @ a.float().T, pages, layer, sites, segments)
+
+
+def lora_embed_reference(
+    y: Tensor, token_ids: Tensor, vocab_size: int, pages: AdapterPages, segments: Segments
+) -> None:
+    """As `lora_embed`, in float32."""
+    site = Site(EMBEDDING, 0, y.shape[1])
+    _add_reference(y, vocab_size, lambda rows, a: a[:, token_ids[rows]].float().T, pages, 0, (site,), segments)
+
+
+def _add_reference(
+    y: Tensor,
+    in_features: int,
+    shrunk: Callable[[slice, Tensor], Tensor],
+    pages: AdapterPages,
+    layer: int,
+    sites: tuple[Site, ...],
+    segments: Segments,
+) -> None:
+    """shrunk: rows and A of a page → x[rows] @ A.T, float32."""
     starts = segments.starts.tolist()
     for segment, slots in enumerate(segments.slots.tolist()):
         rows = slice(starts[segment], starts[segment + 1])
         if rows.start == rows.stop:
             continue
-        hidden, before = x[rows].float(), y[rows].float().clone()
+        before = y[rows].float().clone()
         for column, slot in enumerate(slots):
             if slot < 0:
                 continue
@@ -187,16 +223,29 @@ def lora_add_reference(
                         gain, shift = vectors_at(pages.arena, offset, site.size)
                         y[rows, columns] += (weight * (gain * before[:, columns] + shift)).to(y.dtype)
                         continue
-                    middle = offset + PAGE_RANK * in_features
-                    a = pages.arena[offset:middle].view(PAGE_RANK, in_features)
-                    b = pages.arena[middle : middle + PAGE_RANK * site.size].view(PAGE_RANK, site.size)
-                    y[rows, columns] += ((hidden @ a.float().T * scale) @ b.float()).to(y.dtype)
+                    page = pages.arena[offset : offset + page_elements(in_features, site.size, pages.arena.dtype)]
+                    a, b, scales = page_parts(page, in_features, site.size)
+                    y[rows, columns] += ((shrunk(rows, a) * (scale * scales)) @ b.float()).to(y.dtype)
 
 
 def vectors_at(arena: Tensor, offset: int, size: int) -> Tensor:
     """gain and shift of a vector page, float32 [2, size]; offset: as in the table, VECTORS included."""
     start = offset - VECTORS
     return arena[start : start + vector_elements(size, arena.dtype)].view(torch.float32)[: 2 * size].view(2, size)
+
+
+def page_elements(in_features: int, out_features: int, dtype: torch.dtype) -> int:
+    """Elements of `dtype` of a rank page, in 8 bits its scales included."""
+    scales = PAGE_RANK * torch.float32.itemsize if dtype in BYTES else 0
+    return PAGE_RANK * (in_features + out_features) + scales
+
+
+def page_parts(page: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A [16, K] and B [16, N] as they are stored, and the scales of the ranks, float32 [16]; views but for ones."""
+    middle, end = PAGE_RANK * in_features, PAGE_RANK * (in_features + out_features)
+    a, b = page[:middle].view(PAGE_RANK, in_features), page[middle:end].view(PAGE_RANK, out_features)
+    scales = page[end:].view(torch.float32) if page.dtype in BYTES else torch.ones(PAGE_RANK, device=page.device)
+    return a, b, scales
 
 
 def vector_elements(size: int, dtype: torch.dtype) -> int:
@@ -227,19 +276,49 @@ def lora_add(
         gpu.lora_add(y, x, pages, layer, sites, segments, routes)
         return
     library = native.library()
-    if library is None or not _fits(y, x, pages, segments):
+    if library is None or x.dtype is not torch.float32 or x.stride()[1] != 1 or not _fits(y, pages, segments):
         lora_add_reference(y, x, pages, layer, sites, segments)
         return
+    inputs = x.data_ptr(), x.stride()[0], x.shape[1]
+    native.check(library.lora_add(y.data_ptr(), y.stride()[0], *inputs, *_arguments(pages, layer, sites, segments)))
+
+
+def lora_embed(
+    y: Tensor,
+    token_ids: Tensor,
+    vocab_size: int,
+    pages: AdapterPages,
+    segments: Segments,
+    routes: Routes | None = None,
+) -> None:
+    """Add what the adapters of each row do to its token's embedding: `lora_add` of one-hot vectors.
+
+        y[row] += sum_j weight_j * (gain_j * y0 + shift_j + scaling[slot_j] * sum_pages A[:, token_ids[row]] @ B)
+
+    In place; y [M, H] holds the base's embeddings. token_ids: int64 [M], below vocab_size, which is K: `embed` has seen
+    to that. pages: `AdapterPages.ends`. The rest as in `lora_add`.
+    """
+    if dispatch.on_gpu(y):
+        from lorry.kernels.triton import lora as gpu
+
+        gpu.lora_embed(y, token_ids, vocab_size, pages, segments, routes)
+        return
+    library = native.library()
+    if library is None or not token_ids.is_contiguous() or not _fits(y, pages, segments):
+        lora_embed_reference(y, token_ids, vocab_size, pages, segments)
+        return
+    sites = (Site(EMBEDDING, 0, y.shape[1]),)
+    inputs = token_ids.data_ptr(), vocab_size
+    native.check(library.lora_embed(y.data_ptr(), y.stride()[0], *inputs, *_arguments(pages, 0, sites, segments)))
+
+
+def _arguments(pages: AdapterPages, layer: int, sites: tuple[Site, ...], segments: Segments) -> tuple[Any, ...]:
+    """What the CPU kernels take behind the inputs."""
     _, layers, site_count, max_pages = pages.offsets.shape
     first = layer * site_count
-    status = library.lora_add(
-        y.data_ptr(),
-        y.stride()[0],
-        x.data_ptr(),
-        x.stride()[0],
-        x.shape[1],
+    return (
         pages.arena.data_ptr(),
-        native.ELEMENT_TYPES[pages.arena.dtype],
+        native.PAGE_TYPES[pages.arena.dtype],
         pages.offsets.data_ptr() + 8 * first * max_pages,
         pages.scaling.data_ptr() + 4 * first,
         layers * site_count,
@@ -252,7 +331,6 @@ def lora_add(
         segments.slots.shape[0],
         segments.slots.shape[1],
     )
-    native.check(status)
 
 
 @lru_cache(maxsize=256)
@@ -262,14 +340,12 @@ def site_table(sites: tuple[Site, ...]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _fits(y: Tensor, x: Tensor, pages: AdapterPages, segments: Segments) -> bool:
+def _fits(y: Tensor, pages: AdapterPages, segments: Segments) -> bool:
     return (
         y.dtype is torch.float32
-        and x.dtype is torch.float32
         and y.is_cpu
         and y.stride()[1] == 1
-        and x.stride()[1] == 1
-        and pages.arena.dtype in native.ELEMENT_TYPES
+        and pages.arena.dtype in native.PAGE_TYPES
         and pages.arena.is_contiguous()
         and pages.offsets.is_contiguous()
         and pages.scaling.is_contiguous()

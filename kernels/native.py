@@ -36,6 +36,7 @@ FLAGS = (
 )
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum elem of simd.h
 CACHE_TYPES = {**ELEMENT_TYPES, torch.float8_e4m3fn: 3}
+PAGE_TYPES = {**CACHE_TYPES, torch.int8: 4}
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[type]] = {
@@ -58,6 +59,10 @@ _SIGNATURES: dict[str, list[type]] = {
     "layers_forward": [_POINTER] * 4,
     "lora_add": [
         *(_POINTER, _INT, _POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
+        *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
+    ],
+    "lora_embed": [
+        *(_POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
         *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
     ],
 }

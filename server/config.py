@@ -18,6 +18,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 KVDtypeChoice = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
+AdapterDtypeChoice = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
 LogFormat = Literal["lines", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -40,8 +41,9 @@ class EngineConfig:
     kv_dtype: KVDtypeChoice = "auto"
     """Type of the key and value cache; auto: bfloat16; fp8: e4m3, twice the tokens in the same memory, far less
     exact (docs/performance.md)."""
-    adapter_dtype: DtypeChoice = "auto"
-    """Type of the adapters' rank pages; auto: bfloat16."""
+    adapter_dtype: AdapterDtypeChoice = "auto"
+    """Type of the adapters' rank pages; auto: bfloat16; int8, fp8 (e4m3): a scale for each rank, twice the adapters in
+    the same memory, less exact (docs/performance.md)."""
     kv_memory: int | None = None
     """Bytes for the key and value cache; None: on a GPU what is left of its share, on a CPU three tenths of what is
     free."""

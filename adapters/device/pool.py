@@ -1,4 +1,5 @@
-"""Rank and vector pages on the device: one arena, one slot per resident adapter revision.
+"""Rank and vector pages on the device: one arena, one slot per resident adapter revision; more where a slot's tables
+do not hold all pages of a linear, and then the first one stands for all.
 
     slot life:   reserve ─▶ fill … fill ─▶ resident ⇄ in use (acquire, release) ─▶ evict
 
@@ -19,10 +20,10 @@ import torch
 from lorry.adapters.canonical import CanonicalAdapter, CanonicalLinear
 from lorry.adapters.device.slabs import Demand, SlabAllocator
 from lorry.adapters.device.streams import Event
-from lorry.adapters.device.tables import Placed, SlotTables
+from lorry.adapters.device.tables import Placed, SlotTables, slots_for
 from lorry.adapters.device.uploads import Uploads, uploads_to
 from lorry.adapters.errors import PoolTooSmall
-from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.layout import ENDS, Linear, ModelLayout
 from lorry.kernels.lora import VECTORS, AdapterPages, vectors_at
 
 
@@ -31,8 +32,8 @@ class _Slot:
     """Books of one slot. offsets: pages of each linear, the vector page of those in `vectors` the last; to_fill: pages
     still to be copied; used: tick of last use.
 
-    page_bound: most pages of a linear. copied: an event behind all copies so far. resident: it has passed when all were
-    copied, and the tables are written.
+    slots: all that it has. page_bound: most pages of a linear in the layers, end_bound: at the ends, 0: none.
+    copied: an event behind all copies so far. resident: it has passed when all were copied, and the tables are written.
     """
 
     adapter: CanonicalAdapter  # its pages are dropped when they are there, if they can be read back
@@ -41,7 +42,9 @@ class _Slot:
     scaling: dict[Linear, float]
     demand: Demand
     to_fill: list[tuple[Linear, int]]
+    slots: tuple[int, ...]
     page_bound: int
+    end_bound: int
     used: int
     copied: Event | None = None
     resident: bool = False
@@ -67,16 +70,17 @@ class PagePool:
         self.layout = layout
         self.dtype = dtype
         self.max_slots = max_slots
-        pages = {site: layout.page_elements(site) for site in layout.sites}
-        vectors = {site: layout.vector_elements(site, dtype) for site in layout.sites}
-        self._classes = sorted({*pages.values(), *vectors.values()})
-        self._kind = {site: self._classes.index(size) for site, size in pages.items()}
-        self._vector_kind = {site: self._classes.index(size) for site, size in vectors.items()}
-        self._slabs = SlabAllocator(self._classes, capacity_bytes // dtype.itemsize)
+        self._classes, rare = size_classes(layout, dtype)
+        sites = (*layout.sites, *layout.ends)
+        self._kind = {site: self._classes.index(layout.page_elements(site, dtype)) for site in sites}
+        self._vector_kind = {site: self._classes.index(layout.vector_elements(site, dtype)) for site in sites}
+        self._slabs = SlabAllocator(self._classes, capacity_bytes // dtype.itemsize, rare)
         arena = torch.empty(self._slabs.slabs * self._slabs.slab_elements, dtype=dtype, device=device)
         self.uploads = uploads or uploads_to(arena.device, max(self._classes, default=0) * dtype.itemsize)
         self._tables = SlotTables(arena, max_slots, layout.layers, self.uploads)
-        self._mean_page = sum(map(layout.page_elements, layout.sites)) / len(layout.sites) * dtype.itemsize
+        self._mean_page = (
+            sum(layout.page_elements(site, dtype) for site in layout.sites) / len(layout.sites) * dtype.itemsize
+        )
         self._slots: dict[int, _Slot] = {}
         self._free_slots = list(reversed(range(max_slots)))
         self._holders: dict[int, tuple[int, Linear, int]] = {}  # offset → (slot, linear, index in its list)
@@ -109,29 +113,36 @@ class PagePool:
         return min(self.pages_total, int(-(-self.bytes_used // self._mean_page)))
 
     def demand(self, adapters: Iterable[CanonicalAdapter]) -> Demand:
-        """Pages of each size class that the adapters take together."""
-        counts = [0] * len(self._classes)
+        """What the adapters take together: pages of each size class, and behind them slots."""
+        counts, slots = [0] * len(self._classes), 0
         for adapter in adapters:
             for (_, site), linear in adapter.linears.items():
                 counts[self._kind[site]] += linear.pages.shape[0]
                 counts[self._vector_kind[site]] += linear.vectors is not None
-        return tuple(counts)
+            slots += slots_for(max(map(_entries, adapter.linears.values()), default=0))
+        return (*counts, slots)
 
     def demand_of(self, slot: int) -> Demand:
         return self._slots[slot].demand
 
     def bytes_of(self, demand: Demand) -> int:
-        return sum(n * size for n, size in zip(demand, self._classes, strict=True)) * self.dtype.itemsize
+        return sum(n * size for n, size in zip(demand[:-1], self._classes, strict=True)) * self.dtype.itemsize
 
     def page_bound(self, slots: Iterable[int]) -> int:
-        """At least as many pages as resident slots have together in any one linear."""
-        return sum(self._slots[slot].page_bound for slot in slots)
+        """At least as many pages as resident adapters have together in any one linear of the layers. slots: the first
+        ones, or all."""
+        return sum(self._slots[slot].page_bound for slot in slots if slot in self._slots)
+
+    def end_bound(self, slots: Iterable[int]) -> int:
+        """The same of the embedding and the head; 0: none of the adapters changes these."""
+        return sum(self._slots[slot].end_bound for slot in slots if slot in self._slots)
 
     # ---------------------------------------------------------------- room
 
-    def ever_fits(self, demand: Demand, slots: int) -> bool:
-        """Whether an empty pool could hold `slots` adapters that take `demand`."""
-        return slots <= self.max_slots and self._slabs.ever_fits(demand)
+    def ever_fits(self, demand: Demand) -> bool:
+        """Whether an empty pool could hold adapters that take `demand`."""
+        *pages, slots = demand
+        return slots <= self.max_slots and self._slabs.ever_fits(tuple(pages))
 
     def room(self) -> int:
         """How many adapters of rank 16 on every linear an empty pool could hold."""
@@ -140,7 +151,7 @@ class PagePool:
             counts[self._kind[site]] += 1
 
         def too_many(number: int) -> bool:
-            return not self.ever_fits(tuple(number * count for count in counts), number)
+            return not self.ever_fits(tuple(number * count for count in (*counts, 1)))
 
         return bisect_left(range(1, self.max_slots + 1), True, key=too_many)
 
@@ -149,7 +160,8 @@ class PagePool:
         needed, available = self.bytes_of(demand), self.capacity_bytes
         return PoolTooSmall(
             f"{needed} bytes of adapters, the pinned ones included, do not fit into the pool of {available} bytes"
-            f" ({self._slabs.slabs} slabs, each for pages of one size)",
+            f" ({self._slabs.slabs} slabs of {self._slabs.slab_elements * self.dtype.itemsize} bytes, each for pages of"
+            f" one size, and {self.max_slots} slots)",
             "adapters",
             needed=needed,
             available=available,
@@ -159,20 +171,21 @@ class PagePool:
         """Resident slots, the one whose last use is longest ago first."""
         return sorted((slot for slot in self._slots if self.is_resident(slot)), key=lambda n: self._slots[n].used)
 
-    def make_room(self, demand: Demand, slots: int = 1, protected: Container[int] = ()) -> list[int] | None:
-        """The least recently used slots whose eviction lets `slots` new adapters fit that take `demand`.
+    def make_room(self, demand: Demand, protected: Container[int] = ()) -> list[int] | None:
+        """The least recently used slots whose eviction lets new adapters fit that take `demand`.
 
         None when that is impossible: those in use, pinned, being filled or in `protected` stay. Evicts nothing.
         """
         lru = self.least_recently_used()
-        return self.enough(demand, slots, (n for n in lru if self._idle(self._slots[n]) and n not in protected))
+        return self.enough(demand, (n for n in lru if self._idle(self._slots[n]) and n not in protected))
 
-    def enough(self, demand: Demand, slots: int, candidates: Iterable[int]) -> list[int] | None:
+    def enough(self, demand: Demand, candidates: Iterable[int]) -> list[int] | None:
         """The first of `candidates` that have to go, used or not, for `demand` to fit; None: all are too few."""
         chosen: list[int] = []
-        freed = (0,) * len(self._classes)
+        *pages, slots = demand
+        freed = (0,) * len(demand)
         remaining = iter(candidates)
-        while len(self._free_slots) + len(chosen) < slots or not self._slabs.fits(demand, freed):
+        while len(self._free_slots) + freed[-1] < slots or not self._slabs.fits(tuple(pages), freed[:-1]):
             slot = next(remaining, None)
             if slot is None:
                 return None
@@ -192,7 +205,7 @@ class PagePool:
         Raises PoolTooSmall for an adapter that an empty pool could not hold.
         """
         demand = self.demand([adapter])
-        if not self.ever_fits(demand, 1):
+        if not self.ever_fits(demand):
             raise self.too_small(demand)
         victims = self.make_room(demand)
         if victims is None:
@@ -209,9 +222,10 @@ class PagePool:
     def reserve(self, adapter: CanonicalAdapter) -> int:
         """A slot with all pages that `adapter` takes, still unfilled; there must be room."""
         demand = self.demand([adapter])
-        for move in self._slabs.vacate_for(demand):
+        for move in self._slabs.vacate_for(demand[:-1]):
             self._move(move.source, move.target, move.size)
-        slot = self._free_slots.pop()
+        slots = tuple(self._free_slots.pop() for _ in range(demand[-1]))
+        slot = slots[0]
         offsets = {
             (layer, site): [self._slabs.allocate(self._kind[site]) for _ in range(linear.pages.shape[0])]
             for (layer, site), linear in adapter.linears.items()
@@ -223,9 +237,12 @@ class PagePool:
         for linear, index in pages:
             self._holders[offsets[linear][index]] = slot, linear, index
         scaling = {key: linear.scaling for key, linear in adapter.linears.items()}
-        page_bound = max(map(len, offsets.values()), default=0)
+        in_layers, at_ends = (
+            max((len(places) for (layer, _), places in offsets.items() if (layer == ENDS) is ends), default=0)
+            for ends in (False, True)
+        )
         self._slots[slot] = _Slot(
-            adapter, offsets, vectors, scaling, demand, pages[::-1], page_bound, next(self._ticks)
+            adapter, offsets, vectors, scaling, demand, pages[::-1], slots, in_layers, at_ends, next(self._ticks)
         )
         self.uploads.take_over()
         return slot
@@ -249,7 +266,7 @@ class PagePool:
         if copied:
             books.copied = self.uploads.mark()
         if not books.resident and not books.to_fill and books.copied is not None and books.copied.query():
-            books.resident = self._tables.write(slot, self._placed(books))
+            books.resident = self._tables.write(books.slots, self._placed(books))
             if books.resident and self.uploads.reads_back:
                 books.adapter = books.adapter.without_pages()
         return copied
@@ -267,8 +284,9 @@ class PagePool:
             for offset in places:
                 self._slabs.free(offset)
                 del self._holders[offset]
-        self._tables.clear(slot)
-        self._free_slots.append(slot)
+        for own in books.slots:
+            self._tables.clear(own)
+            self._free_slots.append(own)
 
     def extract(self, slot: int) -> CanonicalAdapter:
         """A resident adapter in host memory, as it was inserted; a copy where the pool has dropped its pages.
@@ -285,8 +303,8 @@ class PagePool:
         arena, places, vectors = self.pages.arena, books.offsets[linear], None
         if linear in books.vectors:
             *places, last = places
-            vectors = vectors_at(arena, last + VECTORS, self.layout.sites[linear[1]][1]).clone()
-        size = self.layout.page_elements(linear[1])
+            vectors = vectors_at(arena, last + VECTORS, self.layout.shape(linear[1])[1]).clone()
+        size = self.layout.page_elements(linear[1], self.dtype)
         pages = arena.new_empty(len(places), size)
         for page, offset in zip(pages, places, strict=True):
             page.copy_(arena[offset : offset + size])
@@ -297,6 +315,10 @@ class PagePool:
     def is_resident(self, slot: int) -> bool:
         """Whether `fill` has seen that all pages of a slot are there, so that the next step may read them."""
         return self._slots[slot].resident
+
+    def all_slots(self, slot: int) -> tuple[int, ...]:
+        """The slot and those that go on where its tables end: what a combo must name."""
+        return self._slots[slot].slots
 
     def users(self, slot: int) -> int:
         return self._slots[slot].users
@@ -324,7 +346,7 @@ class PagePool:
         books.offsets[linear][index] = target
         if books.resident:
             flag = VECTORS if self._holds_vectors(books, linear, index) else 0
-            self._tables.move(slot, linear, index, target + flag)
+            self._tables.move(books.slots, linear, index, target + flag)
 
     @staticmethod
     def _holds_vectors(books: _Slot, linear: Linear, index: int) -> bool:
@@ -353,9 +375,26 @@ class PagePool:
         }
         assert live == self._holders, "a page has two holders or none"
         self._slabs.check([(offset, self._kind_of(*holder)) for offset, holder in live.items()])
-        assert sorted([*self._slots, *self._free_slots]) == list(range(self.max_slots))
+        taken = [slot for books in self._slots.values() for slot in books.slots]
+        assert sorted([*taken, *self._free_slots]) == list(range(self.max_slots))
+        assert all(books.slots[0] == slot for slot, books in self._slots.items())
         assert all(books.users >= 0 for books in self._slots.values())
         assert not any(books.resident and books.to_fill for books in self._slots.values())
-        resident = {slot: self._placed(books) for slot, books in self._slots.items() if books.resident}
+        resident = {books.slots: self._placed(books) for books in self._slots.values() if books.resident}
         self._tables.check(resident, self._free_slots)
         assert self.bytes_used <= self.capacity_bytes
+
+
+def size_classes(layout: ModelLayout, dtype: torch.dtype) -> tuple[list[int], list[int]]:
+    """Elements of all pages that there can be, each size once and sorted; those of them that only the ends have."""
+    sizes, common = set[int](), set[int]()
+    for site in (*layout.sites, *layout.ends):
+        own = {layout.page_elements(site, dtype), layout.vector_elements(site, dtype)}
+        sizes |= own
+        common |= own if site in layout.sites else set()
+    return sorted(sizes), sorted(sizes - common)
+
+
+def _entries(linear: CanonicalLinear) -> int:
+    """Of a linear in the tables."""
+    return linear.pages.shape[0] + (linear.vectors is not None)

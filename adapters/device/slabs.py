@@ -40,15 +40,16 @@ class _Slab:
     free: list[int] = field(default_factory=list)
 
 
-def slab_elements(sizes: Sequence[int], capacity: int) -> int:
+def slab_elements(sizes: Sequence[int], capacity: int, rare: Sequence[int] = ()) -> int:
     """Elements of one slab for page `sizes` in an arena of `capacity`.
 
     8 to 32 of the largest pages, less when that would leave fewer than four slabs for each class; among these the
-    smallest slab whose waste (behind its last page, behind the last slab) is within 1% of the least.
+    smallest slab whose waste (behind its last page, behind the last slab) is within 1% of the least. Pages of the sizes
+    in `rare` fit as well where the arena is large enough for that.
     """
     largest = max(sizes)
     ceiling = capacity // (4 * len(set(sizes))) // ALIGNMENT * ALIGNMENT
-    low = max(largest, min(8 * largest, ceiling))
+    low = max(largest, min(max(8 * largest, *rare), ceiling)) if rare else max(largest, min(8 * largest, ceiling))
     high = max(low, min(32 * largest, ceiling))
     candidates = {k * size for size in sizes for k in range(-(-low // size), high // size + 1)} or {low}
 
@@ -61,11 +62,14 @@ def slab_elements(sizes: Sequence[int], capacity: int) -> int:
 
 
 class SlabAllocator:
-    """Books of the arena. sizes: elements of a page of each class; all offsets are in elements."""
+    """Books of the arena. sizes: elements of a page of each class; all offsets are in elements.
 
-    def __init__(self, sizes: Sequence[int], capacity: int) -> None:
+    rare: those of the sizes that slabs are not made for; one that is larger than a slab has no room.
+    """
+
+    def __init__(self, sizes: Sequence[int], capacity: int, rare: Sequence[int] = ()) -> None:
         self.sizes = tuple(sizes)
-        self.slab_elements = slab_elements(sizes, capacity)
+        self.slab_elements = slab_elements([size for size in sizes if size not in rare], capacity, rare)
         self.slabs = capacity // self.slab_elements
         self.per_slab = tuple(self.slab_elements // size for size in sizes)
         self.live = [0] * len(sizes)
@@ -77,18 +81,25 @@ class SlabAllocator:
         """Whether `demand` can be allocated now, or once `freed` has been."""
         gone = freed or (0,) * len(self.sizes)
         wanted = zip(self.live, demand, gone, self.per_slab, strict=True)
-        return sum(-(-(live + more - less) // per) for live, more, less, per in wanted) <= self.slabs
+        return sum(self._slabs_of(live + more - less, per) for live, more, less, per in wanted) <= self.slabs
 
     def ever_fits(self, demand: Demand) -> bool:
         """Whether an empty arena could hold `demand`."""
-        return sum(-(-pages // per) for pages, per in zip(demand, self.per_slab, strict=True)) <= self.slabs
+        return sum(map(self._slabs_of, demand, self.per_slab)) <= self.slabs
+
+    def _slabs_of(self, pages: int, per_slab: int) -> int:
+        """Slabs for so many pages of one class; more than there are, where a slab is too small for one."""
+        if per_slab == 0:
+            return (self.slabs + 1) * pages
+        return -(-pages // per_slab)
 
     def vacate_for(self, demand: Demand) -> list[Move]:
         """Vacate slabs until `demand`, which fits, can be allocated page by page; the moves, to be made in order."""
         assert self.fits(demand)
         moves: list[Move] = []
         while sum(self._slabs_short(kind, pages) for kind, pages in enumerate(demand)) > len(self._free):
-            kind = max(range(len(demand)), key=lambda k: (self._spare(k) - demand[k]) // self.per_slab[k])
+            kinds = [k for k, per in enumerate(self.per_slab) if per]
+            kind = max(kinds, key=lambda k: (self._spare(k) - demand[k]) // self.per_slab[k])
             moves += self._vacate(kind)
         return moves
 
@@ -128,7 +139,7 @@ class SlabAllocator:
         return sum(len(self._owned[number].free) for number in self._partial[kind])
 
     def _slabs_short(self, kind: int, pages: int) -> int:
-        return -(-max(0, pages - self._spare(kind)) // self.per_slab[kind])
+        return self._slabs_of(max(0, pages - self._spare(kind)), self.per_slab[kind])
 
     def _vacate(self, kind: int) -> list[Move]:
         """Empty the class's emptiest slab into its others."""

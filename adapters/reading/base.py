@@ -10,10 +10,22 @@ from lorry.adapters.layout import Linear
 
 
 class BaseWeights(Protocol):
-    """Weights and biases of the adaptable linears, in host memory; asked for in the loader's thread."""
+    """Weights and biases of the adaptable linears, the ends among them, in host memory; asked for in the loader's
+    thread."""
+
+    @property
+    def vocab_size(self) -> int: ...
 
     def weight(self, linear: Linear) -> Tensor:
         """float32 [N, K], dequantized; the caller's own."""
+        ...
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """float32 [n, H]: rows of the embedding; ids: int64 [n]."""
+        ...
+
+    def head(self, ids: Tensor) -> Tensor:
+        """float32 [n, H]: rows of the head's matrix, which is the embedding's where the base is tied."""
         ...
 
     def bias(self, linear: Linear) -> Tensor | None:

@@ -26,6 +26,9 @@ SERVED = frozenset(
         "use_qalora",
         "qalora_group_size",
         "alora_invocation_tokens",
+        "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
     }
 )
 
@@ -34,7 +37,6 @@ WITHOUT_EFFECT = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",  # read when init_lora_weights is "corda"
-        "ensure_weight_tying",  # concerns adapted embeddings and heads
         "eva_config",
         "fan_in_fan_out",  # PEFT turns it off for every nn.Linear, and there are no others here
         "inference_mode",
@@ -55,8 +57,6 @@ _OFF: tuple[object, ...] = (None, False)
 ACCEPTED: dict[str, tuple[tuple[object, ...], str]] = {
     "peft_type": (("LORA",), '"LORA"'),
     "task_type": ((None, "CAUSAL_LM"), '"CAUSAL_LM" or null'),
-    "modules_to_save": (_EMPTY, "null"),
-    "trainable_token_indices": (_EMPTY, "null"),
     "target_parameters": (_EMPTY, "null"),
     "layer_replication": (_EMPTY, "null"),
     "megatron_config": (_NONE, "null"),

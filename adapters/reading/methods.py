@@ -16,7 +16,7 @@ W0 is the dequantized base; all is computed in float32, as PEFT does it when it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,38 +25,22 @@ from lorry.adapters.errors import MalformedAdapter, UnsupportedField, WrongBase
 from lorry.adapters.layout import MAX_RANK, Linear
 from lorry.adapters.reading.base import BaseWeights
 from lorry.adapters.reading.checkpoint import LinearTensors
+from lorry.adapters.reading.replaced import own_matrix, token_rows
 from lorry.adapters.reading.spec import AdapterSpec
-
-
-@dataclass(frozen=True, eq=False)
-class Update:
-    """What one linear gets: y = (1 + gain) ⊙ y0 + scaling · B A x + shift.
-
-    a: [r, K] and b: [N, r], None without a low-rank part; gain and shift: float32 [N], None for zeros.
-    """
-
-    a: Tensor | None
-    b: Tensor | None
-    scaling: float
-    gain: Tensor | None = None
-    shift: Tensor | None = None
-
-    @property
-    def vectors(self) -> Tensor | None:
-        """gain and shift, float32 [2, N]; None where both are zero."""
-        known = self.gain if self.gain is not None else self.shift
-        if known is None:
-            return None
-        zeros = torch.zeros_like(known)
-        return torch.stack([zeros if each is None else each for each in (self.gain, self.shift)])
+from lorry.adapters.reading.targets import EMBEDDING
+from lorry.adapters.reading.update import Update
 
 
 def update_of(linear: Linear, path: str, tensors: LinearTensors, spec: AdapterSpec, base: BaseWeights) -> Update:
     """The update of the module at `path`; raises MalformedAdapter for numbers that do not come out finite."""
+    if tensors.weight is not None:
+        return _finite(own_matrix(linear, path, tensors, base), path)
+    if tensors.rows is not None:
+        return token_rows(linear, tensors, base)
     update = Update(tensors.a, tensors.b, spec.scaling_of(path) if tensors.a is not None else 1.0)
     if tensors.a is not None and tensors.a.shape[1] != tensors.in_features:
         update = replace(update, a=_unpooled(tensors.a, tensors.in_features))
-    if spec.init in _FACTORS and update.a is not None:
+    if spec.init in _FACTORS and update.a is not None and linear != EMBEDDING:  # PEFT leaves that one alone
         update = _with_factors(update, path, base.weight(linear), spec)
     if tensors.magnitude is not None:
         update = _with_gain(update, tensors.magnitude, base.weight(linear))
@@ -67,6 +51,10 @@ def update_of(linear: Linear, path: str, tensors: LinearTensors, spec: AdapterSp
         update = _with_bias(update, tensors.bias, before)
     if tensors.b_bias is not None:
         update = replace(update, shift=_sum(update.shift, update.scaling * tensors.b_bias.float()))
+    return _finite(update, path)
+
+
+def _finite(update: Update, path: str) -> Update:
     vectors = update.vectors
     if vectors is not None and not bool(vectors.isfinite().all()):
         raise MalformedAdapter(f"{path} has gains or biases that are not finite over this base", path)

@@ -3,7 +3,8 @@
     served     u = y - y0,  y = y0 and then lora_add through the pool's pages, in float32
     reference  u of `reference_update` in float64, from tensors that safetensors itself has read
 
-for a few of the adapted linears and random x. The two share neither the reader of the file nor the formulas.
+for a few of the adapted linears and random x. The two share neither the reader of the file nor the formulas. Matrices
+and rows of the adapter's own are not probed: pages hold them as they are.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from torch import Tensor
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.device.pool import PagePool
 from lorry.adapters.errors import PoolTooSmall
-from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.layout import ENDS, Linear, ModelLayout
 from lorry.adapters.reading.base import BaseWeights
 from lorry.adapters.reading.matching import Matcher
-from lorry.kernels.lora import SITES, Segments, Site, lora_add
+from lorry.kernels.lora import END_SITES, SITES, Segments, Site, lora_add, lora_embed
 
 ROWS = 5
 MOST_LINEARS = 5
-REFERENCED = frozenset({"lora", "rslora", "dora", "bias", "lora_bias", "qalora", "alora"})
+ROUNDING = {torch.int8: 2e-2, torch.float8_e4m3fn: 7e-2}  # RMS error of 8-bit pages, twice what adapters have shown
+REFERENCED = frozenset(
+    {"lora", "rslora", "dora", "bias", "lora_bias", "qalora", "alora", "modules_to_save", "trainable_tokens"}
+)
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,21 @@ class Probe:
 
 
 def probe(
-    adapter: CanonicalAdapter, config: Mapping[str, object], weights: bytes, layout: ModelLayout, base: BaseWeights
+    adapter: CanonicalAdapter,
+    config: Mapping[str, object],
+    weights: bytes,
+    layout: ModelLayout,
+    base: BaseWeights,
 ) -> Probe | None:
     """The probe of an adapter that was loaded from these contents; None for methods that are not REFERENCED.
 
     within: errors are no larger than rounding A, B and the vectors to the pages' dtype explains.
     """
-    if not REFERENCED.issuperset(adapter.methods) or not adapter.linears:
-        return None
     tensors = safetensors.torch.load(weights)
-    every = sorted(adapter.linears, key=lambda linear: (linear[0], SITES.index(linear[1])))
+    probed = [linear for linear in adapter.linears if _is_update(_parts(tensors, layout.module_path(*linear)))]
+    if not REFERENCED.issuperset(adapter.methods) or not probed:
+        return None
+    every = sorted(probed, key=lambda linear: (linear[0], (*SITES, *END_SITES).index(linear[1])))
     stride = max(1, (len(every) - 1) / (MOST_LINEARS - 1))
     chosen = list(dict.fromkeys(every[round(step * stride)] for step in range(min(MOST_LINEARS, len(every)))))
     pool, slot = _resident(adapter, chosen, layout)
@@ -58,14 +67,24 @@ def probe(
     served, reference = [], []
     for linear in chosen:
         layer, site = linear
-        in_features, out_features = layout.sites[site]
+        in_features, out_features = layout.shape(site)
+        token_ids = torch.randint(in_features, (ROWS,), generator=generator)
+        one_hot = site == "embed_tokens"
         x = torch.randn(ROWS, in_features, generator=generator)
+        if one_hot:
+            x.zero_()[torch.arange(ROWS), token_ids] = 1
         path = layout.module_path(layer, site)
         before, after = reference_update(config, tensors, path, x.double(), linear, base)
         y0 = before.float()
         y = y0.clone()
         segments = Segments(torch.tensor([0, ROWS], dtype=torch.int32), _slots(slot), torch.ones(1, 1))
-        lora_add(y, x, pool.pages, layer, (Site(SITES.index(site), 0, out_features),), segments)
+        pages = pool.pages if layer != ENDS else pool.pages.ends
+        assert pages is not None
+        if one_hot:
+            lora_embed(y, token_ids, in_features, pages, segments)
+        else:
+            index = END_SITES.index(site) if layer == ENDS else SITES.index(site)
+            lora_add(y, x, pages, max(layer, 0), (Site(index, 0, out_features),), segments)
         served.append((y.double() - y0).flatten())
         reference.append((after - before).flatten())
     ours, theirs = torch.cat(served), torch.cat(reference)
@@ -73,9 +92,19 @@ def probe(
     rms = float(theirs.square().mean().sqrt()) or 1.0
     max_error = _finite(float((ours - theirs).abs().max()) / largest)
     rms_error = _finite(float((ours - theirs).square().mean().sqrt()) / rms)
-    bound = max(torch.finfo(pool.dtype).eps, 1e-5)
+    bound = ROUNDING.get(pool.dtype) or max(torch.finfo(pool.dtype).eps, 1e-5)
     within = max_error <= 4 * bound and rms_error <= bound
     return Probe(tuple(layout.module_path(*linear) for linear in chosen), max_error, rms_error, within)
+
+
+def _parts(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """What the file has of the module at `path`, by the rest of the names."""
+    return {name.split(f"{path}.", 1)[1]: tensor for name, tensor in tensors.items() if f"{path}." in name}
+
+
+def _is_update(parts: Mapping[str, Tensor]) -> bool:
+    """Whether there are A and B, or a bias alone, and no matrix or row in place of the base's."""
+    return any("lora_" in name for name in parts) or (bool(parts) and all(name.endswith("bias") for name in parts))
 
 
 def _finite(error: float) -> float:
@@ -95,23 +124,23 @@ def reference_update(
 
     y0 is left at zero where the adapter's part does not depend on it.
     """
-    own = {name.split(f"{path}.", 1)[1]: tensor.double() for name, tensor in tensors.items() if f"{path}." in name}
+    own = _parts(tensors, path)
     a, b, b_bias, bias, magnitude = (
-        next((tensor for name, tensor in own.items() if name.startswith(start) and name.endswith(end)), None)
+        next((each.double() for name, each in own.items() if name.startswith(start) and name.endswith(end)), None)
         for start, end in [
-            ("lora_A", "weight"),
-            ("lora_B", "weight"),
-            ("lora_B", "bias"),
-            ("b", "bias"),  # of the module itself, or of its base_layer
-            ("lora_magnitude_vector", ""),
+            (("lora_A", "lora_embedding_A"), ("weight", "_A", "default")),
+            (("lora_B", "lora_embedding_B"), ("weight", "_B", "default")),
+            (("lora_B",), ("bias",)),
+            (("b",), ("bias",)),  # of the module itself, or of its base_layer
+            (("lora_magnitude_vector",), ("",)),
         ]
     )
     out_features = next(tensor for tensor in (b, bias) if tensor is not None).shape[0]
     on_base = magnitude is not None or bias is not None
-    weight = base.weight(linear).double() if on_base else x.new_zeros(out_features, x.shape[1])
+    weight = base.weight(linear).double() if on_base else None
     old = base.bias(linear) if on_base else None
     base_bias = x.new_zeros(out_features) if old is None else old.double()
-    before = x @ weight.T + base_bias
+    before = base_bias.expand(len(x), -1) if weight is None else x @ weight.T + base_bias
     update = x.new_zeros(x.shape[0], out_features)
     if a is not None and b is not None:
         rank = a.shape[0]
@@ -119,7 +148,7 @@ def reference_update(
         group = x.shape[1] // a.shape[1]
         pooled = x if group == 1 else x.reshape(len(x), -1, group).mean(-1) * a.shape[1]
         update = scaling * (pooled @ a.T @ b.T + (0 if b_bias is None else b_bias))
-        if magnitude is not None:
+        if magnitude is not None and weight is not None:
             norm = (weight + scaling * b @ a).norm(dim=1)
             return before, magnitude / norm * (before - base_bias + update) + (base_bias if bias is None else bias)
     return before, before + update + (0 if bias is None else bias - base_bias)

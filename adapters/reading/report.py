@@ -18,17 +18,18 @@ from lorry.adapters.reading.identity import FINGERPRINT_KEY, doubt_without_finge
 from lorry.adapters.reading.probe import Probe, probe
 from lorry.adapters.reading.spec import AdapterSpec
 from lorry.adapters.reading.strict_json import parse_object
-from lorry.kernels.lora import SITES
+from lorry.adapters.reading.targets import targets_of
+from lorry.kernels.lora import END_SITES, SITES
 
 
 @dataclass
 class Report:
     """One folder. Empty where a refusal came before.
 
-    modules: site → adapted layers; ranks and scalings: value → linears that have it; base_named: the config's
-    base_model_name_or_path; fingerprint: that of the adapter's base, base_fingerprint: the served one's, where both
-    were compared; probe: None where no reference is known for its methods. error: why it is refused, with the field,
-    tensor or file at fault.
+    modules: site → changed layers, -1 for the embedding and the head; ranks and scalings: value → linears with factors
+    of it; base_named: the config's base_model_name_or_path; fingerprint: that of the adapter's base, base_fingerprint:
+    the served one's, where both were compared; probe: None where no reference is known for its methods. error: why it
+    is refused, with the field, tensor or file at fault.
     """
 
     folder: str
@@ -78,9 +79,11 @@ def report_on(
         else:
             report.warnings.append(doubt_without_fingerprint(spec.base, layout.base))
         adapter = load_adapter(place, layout, dtype, base, report.warnings.append)
-        for layer, site in sorted(adapter.linears, key=lambda linear: (SITES.index(linear[1]), linear[0])):
+        order = (*SITES, *END_SITES)
+        for layer, site in sorted(adapter.linears, key=lambda linear: (order.index(linear[1]), linear[0])):
             report.modules.setdefault(site, []).append(layer)
-        ranked = {key: linear for key, linear in adapter.linears.items() if linear.pages.shape[0]}
+        factors = targets_of(spec, layout).factors
+        ranked = {key: linear for key, linear in adapter.linears.items() if linear.pages.shape[0] and key in factors}
         report.ranks = dict(sorted(Counter(spec.rank_of(layout.module_path(*key)) for key in ranked).items()))
         report.scalings = dict(sorted(Counter(linear.scaling for linear in ranked.values()).items()))
         report.bytes = adapter.nbytes

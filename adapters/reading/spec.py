@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorry.adapters.errors import AdapterError, MalformedAdapter, UnsupportedField
-from lorry.adapters.layout import MAX_RANK, Linear, ModelLayout
+from lorry.adapters.layout import ENDS, MAX_RANK, Linear, ModelLayout
 from lorry.adapters.reading.fields import FACTOR_INITS, refuse_beside_alora, refuse_unsupported
 from lorry.adapters.reading.matching import Matcher
 from lorry.adapters.reading.strict_json import parse_object
@@ -23,7 +23,6 @@ CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INVOCATION_TOKENS = 1024
 
-_UNSERVED_MODULES = ("lm_head", "model.embed_tokens")  # those beside the linears that PEFT could adapt
 _FLOAT32_MAX = 3.4028234e38
 
 
@@ -32,6 +31,8 @@ class AdapterSpec:
     """What a config says, checked. Patterns are in the file's order; `base` is only for messages.
 
     bias: "none", "all" or "lora_only". qalora_group_size: None without QA-LoRA. init: of `fields.FACTOR_INITS`, or "".
+    modules_to_save: names; token_indices: of trainable_token_indices, (name of a module, token ids). What these and
+    target_modules mean in a model, `targets.py` says.
     """
 
     rank: int
@@ -50,6 +51,10 @@ class AdapterSpec:
     qalora_group_size: int | None = None
     init: str = ""
     invocation_tokens: tuple[int, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    ensure_weight_tying: bool = False
+    loftq: bool = False
     _matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
 
     @classmethod
@@ -100,6 +105,10 @@ class AdapterSpec:
             qalora_group_size=_group_size(config),
             init=init if isinstance(init, str) and init in FACTOR_INITS else "",
             invocation_tokens=invocation_tokens,
+            modules_to_save=_names(config.get("modules_to_save"), "modules_to_save"),
+            token_indices=_token_indices(config.get("trainable_token_indices")),
+            ensure_weight_tying=_bool(config.get("ensure_weight_tying") or False, "ensure_weight_tying"),
+            loftq=init == "loftq",
         )._checked()
 
     def _checked(self) -> AdapterSpec:
@@ -123,6 +132,8 @@ class AdapterSpec:
             "qalora": self.qalora_group_size is not None,
             self.init: bool(self.init),
             "alora": bool(self.invocation_tokens),
+            "modules_to_save": bool(self.modules_to_save),
+            "trainable_tokens": bool(self.token_indices),
         }
         return tuple(name for name, is_used in used.items() if is_used)
 
@@ -147,7 +158,8 @@ class AdapterSpec:
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
-                return ModelLayout.parse(path) is not None
+                linear = ModelLayout.parse(path)
+                return linear is not None and linear[0] != ENDS
             return self._matcher.names(self.target_modules, path, "target_modules")
         if path in self.target_modules:
             return True
@@ -158,13 +170,9 @@ class AdapterSpec:
         return self._matcher.layer_index(self.layers_pattern, path) in self.layers_to_transform
 
     def adapted_linears(self, layout: ModelLayout) -> list[Linear]:
-        """Every linear of `layout` that PEFT would adapt; raises UnsupportedField for other modules."""
-        for path in _UNSERVED_MODULES:
-            if self.adapts(path):
-                raise UnsupportedField(
-                    f"target_modules means {path}, this server adapts {', '.join(layout.sites)}", "target_modules"
-                )
-        return [(layer, site) for layer, site in layout.linears() if self.adapts(layout.module_path(layer, site))]
+        """Every linear of `layout` that target_modules means, the embedding and the head behind those of the layers."""
+        linears = (*layout.linears(), *((ENDS, site) for site in layout.ends))
+        return [linear for linear in linears if self.adapts(layout.module_path(*linear))]
 
 
 def _wrong(name: str, value: object, expected: str, error: type[AdapterError] = MalformedAdapter) -> AdapterError:
@@ -232,6 +240,25 @@ def _modules(value: object, name: str) -> str | tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise _wrong(name, value, "a string or a list of strings")
     return tuple(value)
+
+
+def _names(value: object, name: str) -> tuple[str, ...]:
+    if value is not None and not (isinstance(value, list) and all(isinstance(item, str) and item for item in value)):
+        raise _wrong(name, value, "a list of names")
+    return tuple(value or ())
+
+
+def _token_indices(value: object) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """A list means the embedding."""
+    name = "trainable_token_indices"
+    by_module = value if isinstance(value, dict) else {"embed_tokens": value or []}
+    found = []
+    for module, ids in by_module.items():
+        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+            raise _wrong(name, ids, "a list of token ids, or an object of such lists by the name of a module,")
+        if ids:
+            found.append((str(module), tuple(ids)))
+    return tuple(found)
 
 
 def _layers(value: object) -> frozenset[int] | None:

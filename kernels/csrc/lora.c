@@ -1,9 +1,9 @@
 /* y += sum over adapters of a segment of weight * (gain y + shift) + scale * (sum over their rank pages of (x A^T) B).
  *
- * A page is A [16][K] followed by B [16][N], a vector page gain [N] and shift [N] in float32. First all shrink products
- * u = x A^T of the batch, then, after one barrier, all expansions; both are cut so that every core has work when one
- * segment holds all rows. An output's chain runs over vectors, adapters, pages and ranks in their order, so its bits
- * depend on its row only.
+ * A page is A [16][K] followed by B [16][N], and of 8-bit numbers by the ranks' scales in float32; a vector page is gain
+ * [N] and shift [N] in float32. First all shrink products u = x A^T of the batch, then, after one barrier, all
+ * expansions; both are cut so that every core has work when one segment holds all rows. An output's chain runs over
+ * vectors, adapters, pages and ranks in their order, so its bits depend on its row only.
  */
 #include "kernels.h"
 
@@ -21,9 +21,11 @@
 
 struct page {
     const void *a, *b;
-    const float *x;
+    const float *x;     /* [rows][K]; NULL: */
+    const int64_t *ids; /* [rows], each stands for the vector that is one there and else zero */
     float *u; /* [rows][RANK], scaled */
     float scale;
+    const float *scales; /* of the ranks; NULL: ones */
     int64_t rows;
 };
 
@@ -37,6 +39,10 @@ struct vectors {
 struct target {
     int64_t first_vectors, last_vectors, first, last, row, rows, column, size;
 };
+
+INLINE float scale_of(const enum elem type, const struct page *p, int rank) {
+    return elem_size(type) == 1 ? p->scale * p->scales[rank] : p->scale;
+}
 
 INLINE void shrink(const enum elem type, const struct page *p, int64_t k_count, int64_t ldx, int rank, int64_t row,
                    const int rows) {
@@ -62,10 +68,21 @@ INLINE void shrink(const enum elem type, const struct page *p, int64_t k_count, 
                 acc[m][r] = vf_fma(a, vf_load_some(F32, x + m * ldx + k, (int)(k_count - k)), acc[m][r]);
         }
     for (int m = 0; m < rows; m++)
-        for (int r = 0; r < RANKS_AT_ONCE; r++) p->u[(row + m) * RANK + rank + r] = vf_sum(acc[m][r]) * p->scale;
+        for (int r = 0; r < RANKS_AT_ONCE; r++)
+            p->u[(row + m) * RANK + rank + r] = vf_sum(acc[m][r]) * scale_of(type, p, rank + r);
+}
+
+INLINE void gather(const enum elem type, const struct page *p, int64_t k_count, int rank) {
+    for (int64_t row = 0; row < p->rows; row++)
+        for (int r = rank; r < rank + RANKS_AT_ONCE; r++)
+            p->u[row * RANK + r] = elem_load(type, p->a, r * k_count + p->ids[row]) * scale_of(type, p, r);
 }
 
 INLINE void shrink_all(const enum elem type, const struct page *p, int64_t k_count, int64_t ldx, int rank) {
+    if (p->ids) {
+        gather(type, p, k_count, rank);
+        return;
+    }
     int64_t row = 0;
     for (; row + SHRINK_ROWS <= p->rows; row += SHRINK_ROWS) shrink(type, p, k_count, ldx, rank, row, SHRINK_ROWS);
     if (SHRINK_ROWS > 2 && row + 2 <= p->rows) {
@@ -157,6 +174,8 @@ static void shrink_typed(int64_t type, const struct page *p, int64_t k_count, in
     switch (type) {
         case BF16: shrink_all(BF16, p, k_count, ldx, rank); break;
         case F16: shrink_all(F16, p, k_count, ldx, rank); break;
+        case E4M3: shrink_all(E4M3, p, k_count, ldx, rank); break;
+        case I8: shrink_all(I8, p, k_count, ldx, rank); break;
         default: shrink_all(F32, p, k_count, ldx, rank);
     }
 }
@@ -166,6 +185,8 @@ static void expand_typed(int64_t type, const struct page *pages, const struct ta
     switch (type) {
         case BF16: expand_all(BF16, pages, t, from, to, y, ldy); break;
         case F16: expand_all(F16, pages, t, from, to, y, ldy); break;
+        case E4M3: expand_all(E4M3, pages, t, from, to, y, ldy); break;
+        case I8: expand_all(I8, pages, t, from, to, y, ldy); break;
         default: expand_all(F32, pages, t, from, to, y, ldy);
     }
 }
@@ -203,13 +224,13 @@ static void run(const struct work *w) {
     }
 }
 
-/* arena of `type`; offsets [slots][layers][sites][max_pages] and scaling [slots][layers][sites] begin at the wanted
+/* x, or ids where x is NULL; arena of `type`; offsets [slots][layers][sites][max_pages] and scaling [slots][layers][sites] begin at the wanted
  * layer, `slot_stride` sites apart from slot to slot; called: [called_count][3] of site index, first column of y,
  * width; starts [segments + 1], slots and weights [segments][adapters]. Returns -1 when memory is out. */
-EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t k_count, const void *arena, int64_t type,
-                    const int64_t *offsets, const float *scaling, int64_t slot_stride, int64_t max_pages,
-                    const int64_t *called, int64_t called_count, const int32_t *starts, const int32_t *slots,
-                    const float *weights, int64_t segments, int64_t adapters) {
+static int add(float *y, int64_t ldy, const float *x, int64_t ldx, const int64_t *ids, int64_t k_count,
+               const void *arena, int64_t type, const int64_t *offsets, const float *scaling, int64_t slot_stride,
+               int64_t max_pages, const int64_t *called, int64_t called_count, const int32_t *starts,
+               const int32_t *slots, const float *weights, int64_t segments, int64_t adapters) {
     static __thread struct scratch page_list, vector_list, target_list, shrunk;
     int64_t page_count = 0, vector_count = 0, target_count = 0, u_count = 0, cost = 0;
     struct page *pages = NULL;
@@ -250,9 +271,11 @@ EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t 
                         if (fill) {
                             pages[page_count] = (struct page){start,
                                                               elem_at((enum elem)type, start, RANK * k_count),
-                                                              x + row * ldx,
+                                                              x ? x + row * ldx : NULL,
+                                                              ids ? ids + row : NULL,
                                                               u + u_count,
                                                               weight * scaling[at],
+                                                              elem_at((enum elem)type, start, RANK * (k_count + size)),
                                                               rows};
                             cost += RANK * (k_count + size) / 8 * MAX(rows, 4) / 4;
                         }
@@ -277,4 +300,21 @@ EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t 
         run(&work);
     }
     return 0;
+}
+
+EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t k_count, const void *arena, int64_t type,
+                    const int64_t *offsets, const float *scaling, int64_t slot_stride, int64_t max_pages,
+                    const int64_t *called, int64_t called_count, const int32_t *starts, const int32_t *slots,
+                    const float *weights, int64_t segments, int64_t adapters) {
+    return add(y, ldy, x, ldx, NULL, k_count, arena, type, offsets, scaling, slot_stride, max_pages, called, called_count,
+               starts, slots, weights, segments, adapters);
+}
+
+/* The same for x of one-hot vectors, each 1 at one of `ids`, which are in [0, k_count). */
+EXPORT int lora_embed(float *y, int64_t ldy, const int64_t *ids, int64_t k_count, const void *arena, int64_t type,
+                      const int64_t *offsets, const float *scaling, int64_t slot_stride, int64_t max_pages,
+                      const int64_t *called, int64_t called_count, const int32_t *starts, const int32_t *slots,
+                      const float *weights, int64_t segments, int64_t adapters) {
+    return add(y, ldy, NULL, 0, ids, k_count, arena, type, offsets, scaling, slot_stride, max_pages, called, called_count,
+               starts, slots, weights, segments, adapters);
 }

@@ -4,8 +4,8 @@
  * once per lane; vf_fma is fused on the two vector paths and a multiply followed by an addition in plain C, so results
  * may differ between machines, never between calls on one. vu_lookup_pairs takes the low four bits of each half into a
  * table of 16 that is given twice over, vu_dot2 adds low * low + high * high, vf_store_int16 rounds to nearest even.
- * Element types of stored tensors: F32, BF16, F16, and for KV caches E4M3 (enum elem); functions that take one are always inlined with a
- * constant.
+ * Element types of stored tensors (enum elem): F32, BF16, F16, for KV caches and rank pages E4M3, for rank pages I8,
+ * which is only loaded; functions that take one are always inlined with a constant.
  */
 #ifndef LORRY_SIMD_H
 #define LORRY_SIMD_H
@@ -17,9 +17,9 @@
 #define INLINE static inline __attribute__((always_inline, unused))
 #define LANES 16
 
-enum elem { F32 = 0, BF16 = 1, F16 = 2, E4M3 = 3 };
+enum elem { F32 = 0, BF16 = 1, F16 = 2, E4M3 = 3, I8 = 4 };
 
-INLINE int elem_size(enum elem type) { return type == F32 ? 4 : type == E4M3 ? 1 : 2; }
+INLINE int elem_size(enum elem type) { return type == F32 ? 4 : type >= E4M3 ? 1 : 2; }
 
 INLINE float bf16_to_float(uint16_t h) {
     uint32_t bits = (uint32_t)h << 16;
@@ -95,6 +95,7 @@ INLINE uint8_t float_to_e4m3(float f) {
 INLINE float elem_load(enum elem type, const void *base, int64_t i) {
     if (type == F32) return ((const float *)base)[i];
     if (type == E4M3) return e4m3_to_float(((const uint8_t *)base)[i]);
+    if (type == I8) return (float)((const int8_t *)base)[i];
     uint16_t h = ((const uint16_t *)base)[i];
     return type == BF16 ? bf16_to_float(h) : f16_to_float(h);
 }
@@ -159,6 +160,7 @@ INLINE vf vf_times_pow2(vf v, vf n) { /* n integral in -126..127 */
 }
 INLINE vf vf_load_as(enum elem type, const void *p) {
     if (type == F32) return _mm512_loadu_ps(p);
+    if (type == I8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
     if (type == E4M3) { /* as e4m3_to_float; the product is exact */
         const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
         const __m256i magnitude = _mm256_and_si256(b, _mm256_set1_epi16(0x7f));
@@ -276,9 +278,13 @@ INLINE vf vf_times_pow2(vf v, vf n) {
 INLINE __m256 widen_bf16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
+INLINE __m256 widen_int8(const void *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
 INLINE vf vf_load_as(enum elem type, const void *p) {
     if (type == F32) return vf_load(p);
     if (type == BF16) return (vf){widen_bf16(p), widen_bf16((const char *)p + 16)};
+    if (type == I8) return (vf){widen_int8(p), widen_int8((const char *)p + 8)};
     float wide[LANES];
     for (int i = 0; i < LANES; i++) wide[i] = elem_load(type, p, i);
     return vf_load(wide);

@@ -77,7 +77,7 @@ def unpack_pairs(words, dtype: tl.constexpr, ONCE: tl.constexpr):
     """
     if INTERPRET:
         bits = words.to(tl.int32)
-        return _value(bits & 0xFF).to(dtype), _value((bits >> 8) & 0xFF).to(dtype)
+        return e4m3_value(bits & 0xFF).to(dtype), e4m3_value((bits >> 8) & 0xFF).to(dtype)
     elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             _UNPACK_BFLOAT16, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=not ONCE, pack=2
@@ -90,8 +90,8 @@ def unpack_pairs(words, dtype: tl.constexpr, ONCE: tl.constexpr):
 
 
 @triton.jit
-def _value(code):
-    """What `unpack_pairs` does, for the interpreter: int32 codes → float32."""
+def e4m3_value(code):
+    """int32 codes → float32, exact; `unpack_pairs` is quicker on a GPU."""
     magnitude = code & 0x7F
     value = ((code & 0x80) << 24 | magnitude << 20).to(tl.float32, bitcast=True) * 2.0**120
     return tl.where(magnitude == 0x7F, float("nan"), value)

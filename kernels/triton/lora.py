@@ -19,7 +19,8 @@ numbers occupy but one or two warps of a product, so with 16 rows each warp mult
 
 **Rounding.** x and A multiply exactly into float32 sums where they have one dtype, and are taken to float32 where
 not. The scaled ranks enter the product with B as two numbers of the arena's dtype, the rounded one and what that
-left, so the whole is as good as float32 down to about 17 bits. Only what is stored in y is rounded; the stand-alone
+left, so the whole is as good as float32 down to about 17 bits; so it is with 8-bit pages, whose numbers bfloat16
+holds. Only what is stored in y is rounded; the stand-alone
 expand, which keeps a gain and a shift out of its registers, rounds once more where there are such. A row's bits
 depend on K, on its own pages and on whether tiles have 16 or 64 rows, not on the other rows.
 
@@ -37,8 +38,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorry.kernels.lora import PAGE_RANK, AdapterPages, LoraTerm, Routes, Segments, Site, make_routes, shrink_splits
+from lorry.kernels.lora import BYTES, EMBEDDING, PAGE_RANK, AdapterPages, LoraTerm, Routes, Segments, Site, make_routes
 from lorry.kernels.triton.common import FUSION, dot, rounded
+from lorry.kernels.triton.fp8 import e4m3_value
 from lorry.kernels.triton.lora_routes import VECTORS, fill_routes, page_list
 
 RANK = tl.constexpr(PAGE_RANK)
@@ -46,6 +48,15 @@ WARPS, STAGES = 4, 3  # of the stand-alone shrink
 SLICES = tl.constexpr(4)  # of K, summed side by side where tiles have 16 rows; as many in kernels of more warps
 EXPAND_COLUMNS = 128
 VECTOR_COLUMNS = tl.constexpr(32)
+
+
+@triton.jit
+def unpacked(codes, dtype: tl.constexpr):
+    """8-bit numbers in a wider `dtype`, exact; uint8 stands for e4m3."""
+    if codes.dtype == tl.uint8:
+        return e4m3_value(codes.to(tl.int32)).to(dtype)
+    else:
+        return codes.to(tl.float32).to(dtype)
 
 
 @triton.jit
@@ -84,8 +95,10 @@ def shrink_tile(
             for at in tl.range(first, tl.minimum(first + width, in_features), STEP, num_stages=STAGES):
                 inside = at + k < in_features
                 rows = tl.load(x_row + at, mask=row_mask & inside, other=0.0)
-                page_a = tl.load(a + at, mask=inside, other=0.0)
-                if x.dtype != arena.dtype:
+                page_a = tl.load(a + at, mask=inside, other=0)
+                if arena.dtype.element_ty.primitive_bitwidth == 8:
+                    page_a = unpacked(page_a, x.dtype.element_ty)
+                elif x.dtype != arena.dtype:
                     rows, page_a = rows.to(tl.float32), page_a.to(tl.float32)
                 if TILE_ROWS == 16:
                     total = dot(rows, tl.permute(page_a, (0, 2, 1)), total)
@@ -136,8 +149,21 @@ def _hidden(ranks, mask, split_stride, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _add_product(acc, hidden, page_b, dtype: tl.constexpr):
-    """acc + hidden @ page_b; hidden float32, page_b of `dtype`."""
+def _rank_scales(arena, eighth, ranks, size, in_features):
+    """Those of 8-bit pages, of the shape of ranks; else 1."""
+    if arena.dtype.element_ty.primitive_bitwidth == 8:
+        scales = (arena + eighth * 8 + (in_features + size) * RANK).to(tl.pointer_type(tl.float32))
+        return tl.load(scales + ranks)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _add_product(acc, hidden, page_b, arena_dtype: tl.constexpr):
+    """acc + hidden @ page_b; hidden float32, page_b of `arena_dtype`."""
+    dtype: tl.constexpr = tl.bfloat16 if arena_dtype.primitive_bitwidth == 8 else arena_dtype
+    if arena_dtype.primitive_bitwidth == 8:
+        page_b = unpacked(page_b, dtype)
     if dtype == tl.float32:
         acc = dot(hidden, page_b, acc)
     else:
@@ -166,8 +192,9 @@ def expand_tile(
     split_stride = tl.cast(capacity, tl.int64) * (SITES * pages * RANK)
     b = arena + in_features * RANK + ranks[:, None] * size + columns[None, :]
     for page in tl.range(0, count, num_stages=1):
-        page_b = tl.load(b + eighth * 8, mask=column_mask[None, :], other=0.0)
-        hidden = _hidden(ranks_of + page * RANK, row_mask[:, None], split_stride, SPLITS) * scale
+        page_b = tl.load(b + eighth * 8, mask=column_mask[None, :], other=0)
+        scales = _rank_scales(arena, eighth, ranks[None, :], size, in_features)
+        hidden = _hidden(ranks_of + page * RANK, row_mask[:, None], split_stride, SPLITS) * (scale * scales)
         acc = _add_product(acc, hidden, page_b, arena.dtype.element_ty)
         eighth, scale = _listed(page_offsets, page_scales, at + 2 + page, page + 1 < count)
     return acc
@@ -192,11 +219,13 @@ def expand_pair(
     for page in tl.range(0, tl.maximum(count_0, count_1), num_stages=1):
         in_0, in_1 = page < count_0, page < count_1  # the interpreter cannot combine these with a mask
         mask_0, mask_1 = columns < tl.where(in_0, size, 0), columns < tl.where(in_1, size, 0)
-        b_0 = tl.load(b + eighth_0 * 8, mask=(column_mask & mask_0)[None, :], other=0.0)
-        b_1 = tl.load(b + eighth_1 * 8, mask=(column_mask & mask_1)[None, :], other=0.0)
+        b_0 = tl.load(b + eighth_0 * 8, mask=(column_mask & mask_0)[None, :], other=0)
+        b_1 = tl.load(b + eighth_1 * 8, mask=(column_mask & mask_1)[None, :], other=0)
         page_ranks = ranks_0 + page * RANK
-        hidden_0 = _hidden(page_ranks, row_mask[:, None], split_stride, SPLITS) * scale_0
-        hidden_1 = _hidden(page_ranks + pages * RANK, row_mask[:, None], split_stride, SPLITS) * scale_1
+        scales_0 = scale_0 * _rank_scales(arena, eighth_0, ranks[None, :], size, in_features)
+        scales_1 = scale_1 * _rank_scales(arena, eighth_1, ranks[None, :], size, in_features)
+        hidden_0 = _hidden(page_ranks, row_mask[:, None], split_stride, SPLITS) * scales_0
+        hidden_1 = _hidden(page_ranks + pages * RANK, row_mask[:, None], split_stride, SPLITS) * scales_1
         hidden_0, hidden_1 = tl.where(in_0, hidden_0, 0.0), tl.where(in_1, hidden_1, 0.0)
         acc_0 = _add_product(acc_0, hidden_0, b_0, arena.dtype.element_ty)
         acc_1 = _add_product(acc_1, hidden_1, b_1, arena.dtype.element_ty)
@@ -224,9 +253,10 @@ def expand_row(
     for page in tl.range(0, count, num_stages=1):
         for first in tl.static_range(0, RANK, GROUP):
             ranks = first + tl.arange(0, GROUP)
-            page_b = tl.load(b + eighth * 8 + ranks[:, None] * size, mask=column_mask[None, :], other=0.0)
-            hidden = _hidden(ranks_of + page * RANK + ranks, ranks < RANK, split_stride, SPLITS) * scale
-            acc += tl.sum(hidden[:, None] * page_b.to(tl.float32), axis=0)
+            page_b = tl.load(b + eighth * 8 + ranks[:, None] * size, mask=column_mask[None, :], other=0)
+            scales = scale * _rank_scales(arena, eighth, ranks, size, in_features)
+            hidden = _hidden(ranks_of + page * RANK + ranks, ranks < RANK, split_stride, SPLITS) * scales
+            acc += tl.sum(hidden[:, None] * unpacked(page_b, tl.float32), axis=0)
         eighth, scale = _listed(page_offsets, page_scales, at + 2 + page, page + 1 < count)
     return acc
 
@@ -246,6 +276,27 @@ def lora_shrink_kernel(
         tl.program_id(0), x, stride_x, tiles, arena, page_offsets, partial, linear, capacity, pages, in_features,
         LINEARS, SITES, SPLITS, TILE_ROWS, STEP, STAGES,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["linear", "capacity", "pages"])
+def lora_gather_kernel(
+    token_ids, tiles, arena, page_offsets, partial, linear, capacity, pages, in_features,
+    LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """partial[0, rows of a tile, 0, 16 p : 16 p + 16] = A_p[:, token_ids[rows]]; program (tile, page)."""
+    tile, page = tiles + tl.program_id(0) * 3, tl.program_id(1)
+    start, count, segment = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    if (count > 0) & (segment >= 0):
+        listed = page_offsets + page_list(segment, linear, LINEARS, pages)
+        offset = tl.load(listed + 1 + page)
+        if page < tl.load(listed).to(tl.int32):
+            ranks, local = tl.arange(0, RANK), tl.arange(0, TILE_ROWS)
+            row_mask = (local < count)[:, None]
+            tokens = tl.load(token_ids + start + local, mask=local < count, other=0)
+            columns = arena + offset + (ranks.to(tl.int64) * in_features)[None, :] + tokens[:, None]
+            place = (start.to(tl.int64) + local) * pages + page
+            gathered = unpacked(tl.load(columns, mask=row_mask, other=0), tl.float32)
+            tl.store(partial + place[:, None] * RANK + ranks[None, :], gathered, mask=row_mask)
 
 
 @triton.jit(
@@ -295,12 +346,12 @@ def lora_expand_kernel(
 def _arguments(term: LoraTerm) -> dict[str, Any]:
     routes = term.routes
     _, layers, sites, _ = routes.page_offsets.shape
-    splits = shrink_splits(term.in_features)
+    splits, arena = term.splits, term.pages.arena
     assert routes.capacity * splits * len(term.sites) * routes.pages * PAGE_RANK <= routes.partial.numel(), (
         "these routes were not made for this product"
     )
     return {
-        "arena": term.pages.arena,
+        "arena": arena.view(torch.uint8) if arena.dtype is torch.float8_e4m3fn else arena,
         "page_offsets": routes.page_offsets,
         "partial": routes.partial,
         "linear": term.layer * sites + term.sites[0].index,
@@ -327,7 +378,8 @@ def shrink_arguments(term: LoraTerm | None, dtype: torch.dtype) -> dict[str, Any
         names = ("tiles", "arena", "page_offsets", "partial", "linear", "capacity", "pages", "in_features")
         return dict.fromkeys(names) | dict.fromkeys(("LINEARS", "SITES", "SPLITS", "TILE_ROWS", "STEP"), 0)
     routes = term.routes
-    step = _step(routes.tile_rows, dtype if dtype is term.pages.arena.dtype else torch.float32)
+    multiplied = dtype if term.pages.arena.dtype in (dtype, *BYTES) else torch.float32
+    step = _step(routes.tile_rows, multiplied)
     return _arguments(term) | {"tiles": routes.tiles, "TILE_ROWS": routes.tile_rows, "STEP": step}
 
 
@@ -343,7 +395,7 @@ def shrink_programs(term: LoraTerm | None) -> int:
     if term is None:
         return 0
     routes = term.routes
-    return routes.tile_count * len(term.sites) * routes.pages * shrink_splits(term.in_features)
+    return routes.tile_count * len(term.sites) * routes.pages * term.splits
 
 
 def lora_shrink(x: Tensor, term: LoraTerm) -> None:
@@ -356,6 +408,16 @@ def lora_shrink(x: Tensor, term: LoraTerm) -> None:
         x, x.stride(0), **shrink_arguments(term, x.dtype), STAGES=STAGES,
         num_warps=WARPS, num_stages=STAGES, **FUSION,
     )  # fmt: skip
+
+
+def lora_gather(token_ids: Tensor, term: LoraTerm) -> None:
+    """`lora_shrink` of one-hot vectors; token_ids: int64 [M], contiguous."""
+    if token_ids.shape[0] == 0 or term.routes.pages == 0:
+        return
+    routes = term.routes
+    lora_gather_kernel[routes.tile_count, routes.pages](
+        token_ids, routes.tiles, **_arguments(term), TILE_ROWS=routes.tile_rows, num_warps=1, num_stages=1, **FUSION
+    )
 
 
 def lora_expand(y: Tensor, term: LoraTerm) -> None:
@@ -405,3 +467,24 @@ def lora_add(
         term = LoraTerm(routes, pages, layer, run, in_features)
         lora_shrink(x, term)
         lora_expand(y, term)
+
+
+def lora_embed(
+    y: Tensor,
+    token_ids: Tensor,
+    vocab_size: int,
+    pages: AdapterPages,
+    segments: Segments,
+    routes: Routes | None = None,
+) -> None:
+    """As `lora.lora_embed`; routes: as in `lora_add`."""
+    rows = y.shape[0]
+    if rows == 0 or not segments.slots.numel():
+        return
+    if routes is None:
+        count, adapters = segments.slots.shape
+        routes = make_routes(rows, count, adapters * pages.offsets.shape[3], pages, [(1, 1)])
+        fill_routes(routes, segments, pages, rows)
+    term = LoraTerm(routes, pages, 0, (Site(EMBEDDING, 0, y.shape[1]),), vocab_size, one_hot=True)
+    lora_gather(token_ids.contiguous(), term)
+    lora_expand(y, term)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorry.server.commands.output import fail
-from lorry.server.config import DEFAULT_MODEL
+from lorry.server.config import DEFAULT_MODEL, AdapterDtypeChoice
 
 if TYPE_CHECKING:
     from lorry.server.model.adapter_check import Report
@@ -23,6 +23,9 @@ def check(
     model: Annotated[
         str, typer.Option("--model", "-m", help="The base: the default's name, a model folder, a .gguf file, a hub id.")
     ] = DEFAULT_MODEL,
+    adapter_dtype: Annotated[
+        AdapterDtypeChoice, typer.Option(help="As of lorry serve; the probe tells what 8 bits do to these adapters.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Load adapters as a server would, compare a few linears with PEFT's mathematics, and report.
@@ -36,7 +39,7 @@ def check(
     try:
         base = AdapterCheck(model)
         for folder in folders:
-            report = base.report(folder.absolute())
+            report = base.report(folder.absolute(), adapter_dtype)
             refused |= report.refused
             typer.echo(json.dumps(report.as_json()) if as_json else "\n".join(_lines(str(folder), report, model)))
     except (LorryError, OSError) as error:
@@ -66,12 +69,16 @@ def _lines(name: str, report: Report, model: str) -> Iterator[str]:
         yield f"  warning   {warning}"
 
 
+_ENDS = (-1,)  # what `Report.modules` has of the embedding and the head
+
+
 def _modules(modules: dict[str, list[int]]) -> str:
-    """Sites that share their layers together: `q_proj, v_proj × 30 layers (60 linears)`."""
+    """Sites that share their layers together: `q_proj, v_proj × 30 layers; lm_head (61 linears)`."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for site, layers in modules.items():
         groups.setdefault(tuple(layers), []).append(site)
-    parts = [f"{', '.join(sites)} × {len(layers)} layers" for layers, sites in groups.items()]
+    times = {layers: "" if layers == _ENDS else f" × {len(layers)} layers" for layers in groups}
+    parts = [", ".join(sites) + times[layers] for layers, sites in groups.items()]
     count = sum(len(layers) for layers in modules.values())
     return "; ".join(parts) + f" ({count} linears)" if parts else ""
 

@@ -91,8 +91,12 @@ class AdapterDesk:
         self.manager.release(_theirs(lease))
 
     def page_bound(self, combo: Combo) -> int:
-        """The most pages that a combo of pinned adapters has in one linear."""
+        """The most pages that a combo of pinned adapters has in one linear of the layers."""
         return self.manager.pool.page_bound(slot for slot, _ in combo)
+
+    def end_bound(self, combo: Combo) -> int:
+        """The same of the embedding and the head; 0: it changes neither."""
+        return self.manager.pool.end_bound(slot for slot, _ in combo)
 
     def obey(self, command: AdapterCommand, outbox: list[EngineMessage]) -> None:
         """Carry out a command; its reply comes at once or from a later `poll`."""

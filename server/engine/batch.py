@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lorry.kernels.lora import Segments
 from lorry.server.cache.block_table import Copy
@@ -51,8 +53,17 @@ class Batch:
     scored: tuple[Scored, ...]
 
 
-def build_batch(pieces: Sequence[Piece], copies: Sequence[Copy], build_segments: Callable[[Runs], Segments]) -> Batch:
-    """Tensors for at least one piece, in a plan's order. `build_segments` is called if any piece has an adapter."""
+def build_batch(
+    pieces: Sequence[Piece],
+    copies: Sequence[Copy],
+    build_segments: Callable[[Runs], Segments],
+    build_end_segments: Callable[[Runs, Runs], Segments | None] = lambda runs, logits_runs: None,
+) -> Batch:
+    """Tensors for at least one piece, in a plan's order.
+
+    The builders are called if any piece has an adapter. build_end_segments: of the runs over the batch and over the
+    rows of logits makes the segments of the latter; None: no adapter changes the embedding or the head.
+    """
     count = len(pieces)
     starts = np.fromiter((piece.start for piece in pieces), np.int64, count)
     ends = np.fromiter((piece.end for piece in pieces), np.int64, count)
@@ -93,7 +104,9 @@ def build_batch(pieces: Sequence[Piece], copies: Sequence[Copy], build_segments:
             rows.append(int(cu_seqlens[s]) + np.arange(targets.start, targets.stop) - 1 - piece.start)
             next_row += len(targets)
 
+    logits_rows = np.concatenate(rows) if len(rows) > 1 else rows[0]
     runs = combo_runs(pieces)
+    adapted = any(combo for _, combo in runs)
     inputs = ModelInputs(
         token_ids=torch.tensor(token_ids, dtype=torch.int64),
         positions=torch.from_numpy(positions),
@@ -101,9 +114,10 @@ def build_batch(pieces: Sequence[Piece], copies: Sequence[Copy], build_segments:
         cu_seqlens_q=torch.from_numpy(cu_seqlens),
         kv_lens=torch.from_numpy(ends.astype(np.int32)),
         block_tables=torch.from_numpy(block_tables),
-        segments=build_segments(runs) if any(combo for _, combo in runs) else None,
-        logits_rows=torch.from_numpy(np.concatenate(rows) if len(rows) > 1 else rows[0]),
+        segments=build_segments(runs) if adapted else None,
+        logits_rows=torch.from_numpy(logits_rows),
         max_query_len=int(lengths.max()),
+        logits_segments=build_end_segments(runs, runs_of_rows(runs, logits_rows)) if adapted else None,
         sources=_sources(unread, total) if unread else None,
     )
     return Batch(inputs, tuple(copies), tuple(pieces), tuple(pieces[s] for s in deciding), tuple(scored))
@@ -129,6 +143,12 @@ def combo_runs(pieces: Sequence[Piece]) -> Runs:
                 rows += runs.pop()[0]
             runs.append((rows, combo))
     return tuple(runs)
+
+
+def runs_of_rows(runs: Runs, rows: NDArray[np.int64]) -> Runs:
+    """The runs of the batch's rows `rows`, taken in their order."""
+    owners = np.searchsorted(np.cumsum([count for count, _ in runs]), rows, side="right")
+    return tuple((len(list(group)), runs[owner][1]) for owner, group in groupby(owners.tolist()))
 
 
 def scored_targets(piece: Piece) -> range:

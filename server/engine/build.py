@@ -10,6 +10,7 @@ import torch
 
 from lorry.adapters.catalog import Catalog
 from lorry.adapters.device.pool import PagePool
+from lorry.adapters.layout import PAGE_DTYPES
 from lorry.adapters.manager import AdapterManager
 from lorry.adapters.reading.tensor_file import MAX_HEADER_BYTES
 from lorry.adapters.segments import build_segments
@@ -85,7 +86,7 @@ class Types:
             _dtype(config.dtype, computing),
             "int16" if config.dtype == "auto" and device.type == "cpu" else "float32",
             _dtype(config.kv_dtype, torch.bfloat16),
-            _dtype(config.adapter_dtype, torch.bfloat16),
+            PAGE_DTYPES[config.adapter_dtype],
             device.type == "cuda",
         )
 

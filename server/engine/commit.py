@@ -169,9 +169,9 @@ class Committer:
         """Log-probabilities of the prompt tokens whose logits this step has."""
         request = scored.request
         top = request.message.logprobs or 0
-        hidden = output.hidden[scored.row : scored.row + len(scored.targets)]
-        for start, logits in self.runner.prompt_logits(hidden):
-            targets = scored.targets[start : start + logits.shape[0]]
+        rows = range(scored.row, scored.row + len(scored.targets))
+        for part, logits in self.runner.logits(output, rows):
+            targets = scored.targets[part.start : part.stop]
             request.prompt_logprobs += token_logprobs(logits, targets, [top] * len(targets))
 
     def _born(self, sequence: Sequence, now: float) -> list[Sequence]:
@@ -207,9 +207,9 @@ class Committer:
         for place, (row, source) in enumerate(zip(rows, sources, strict=True)):
             if sequences[place].status is Status.FINISHED:  # with another row of its request
                 continue
-            state = hidden[source : source + 1]
             try:
-                decided = self.strategy.decide([row], self.runner.decoder.logits(state), state)
+                ((_, own),) = self.runner.logits(output, range(source, source + 1))
+                decided = self.strategy.decide([row], own, hidden[source : source + 1])
             except LorryError as error:
                 self.fail(sequences[place].request, error)
             except Exception:

@@ -129,7 +129,7 @@ class Engine:
         return flight
 
     def _run(self, pieces: list[Piece], copies: list[Copy], begin: bool = False) -> Flight:
-        batch = build_batch(pieces, copies, self._segments)
+        batch = build_batch(pieces, copies, self._segments, self._end_segments)
         output = self.runner.forward(batch)
         for piece in pieces:
             self.scheduler.launched(piece)
@@ -176,6 +176,13 @@ class Engine:
             return segments
         pages = max(self.adapters.page_bound(combo) for _, combo in runs)
         return replace(segments, page_bound=page_bucket(pages))
+
+    def _end_segments(self, runs: Runs, logits_runs: Runs) -> Segments | None:
+        """The segments of the rows of logits, where an adapter changes the embedding or the head."""
+        pages = max(self.adapters.end_bound(combo) for _, combo in runs)
+        if pages == 0:
+            return None
+        return replace(self._build_segments(logits_runs), page_bound=page_bucket(pages) if self._ahead else 0)
 
     def _obey(self, command: Command) -> None:
         match command:

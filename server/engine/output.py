@@ -7,15 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorry.kernels.lora import Segments
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
     """hidden: [R, H] of the batch's logits rows; logits: float32 [D, V] of the deciding ones, which come first; last:
-    int64 [D], the token that each of these ran on."""
+    int64 [D], the token that each of these ran on. segments: `ModelInputs.logits_segments`."""
 
     hidden: Tensor
     logits: Tensor
     last: Tensor
+    segments: Segments | None = None
 
     @classmethod
     def empty(cls, rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Output:

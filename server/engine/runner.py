@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lorry.adapters.segments import rows_of
 from lorry.kernels.lora import AdapterPages
 from lorry.server.cache.kv_cache import KVCache
 from lorry.server.engine.batch import Batch
@@ -70,10 +71,14 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what the recorder's stream took to launch each step once
 
-    def prompt_logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first row, float32 logits) of `hidden` [R, H], SCORED_ROWS rows at a time."""
-        for start in range(0, hidden.shape[0], SCORED_ROWS):
-            yield start, self.decoder.logits(hidden[start : start + SCORED_ROWS])
+    def logits(self, output: Output, rows: range) -> Iterator[tuple[range, Tensor]]:
+        """Logits, float32 [R, V], of consecutive rows of an output, SCORED_ROWS at a time, each with its place in
+        `rows`."""
+        for start in range(0, len(rows), SCORED_ROWS):
+            part = range(start, min(start + SCORED_ROWS, len(rows)))
+            first, last = rows[part.start], rows[part.stop - 1] + 1
+            segments = None if output.segments is None else rows_of(output.segments, first, last)
+            yield part, self.decoder.logits(output.hidden[first:last], None, segments, self.pages)
 
     def _compute(self, inputs: ModelInputs, deciding: int, logits: Tensor | None = None) -> Output:
         """The launches of one step. logits: where to write them."""
@@ -82,7 +87,9 @@ class Runner:
             inputs = replace(inputs, token_ids=torch.where(inputs.sources >= 0, chosen, inputs.token_ids))
         hidden = self.decoder.forward(inputs, self.kv, self.pages).index_select(0, inputs.logits_rows)
         last = inputs.token_ids.index_select(0, inputs.logits_rows[:deciding])
-        return Output(hidden, self.decoder.logits(hidden[:deciding], logits), last)
+        segments = inputs.logits_segments
+        own = None if segments is None else rows_of(segments, 0, deciding)
+        return Output(hidden, self.decoder.logits(hidden[:deciding], logits, own, self.pages), last, segments)
 
     def _compute_into(self, inputs: ModelInputs, into: Output) -> None:
         """The same where all rows decide, its output written to a given place."""

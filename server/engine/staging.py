@@ -11,12 +11,15 @@ from torch import Tensor
 from lorry.kernels import transfer
 from lorry.server.model.inputs import ModelInputs
 
+_SEGMENTS = ("segments", "logits_segments")
+
 
 def tensors_of(inputs: ModelInputs) -> dict[str, Tensor]:
-    """The tensors of a step by name, those of its segments with a prefix."""
+    """The tensors of a step by name, those of its segments behind a prefix."""
     found = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    if inputs.segments is not None:
-        found |= {f"segments.{field.name}": getattr(inputs.segments, field.name) for field in fields(inputs.segments)}
+    for name in _SEGMENTS:
+        if (segments := found[name]) is not None:
+            found |= {f"{name}.{field.name}": getattr(segments, field.name) for field in fields(segments)}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
@@ -34,6 +37,10 @@ def packed_bytes(inputs: ModelInputs) -> int:
 
 def _with_tensors(inputs: ModelInputs, tensors: dict[str, Tensor]) -> ModelInputs:
     own: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if "." not in name}
-    of_segments: dict[str, Any] = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if "." in name}
-    segments = None if inputs.segments is None else replace(inputs.segments, **of_segments)
-    return replace(inputs, segments=segments, **own)
+    for part in _SEGMENTS:
+        if (segments := getattr(inputs, part)) is not None:
+            fields_of: dict[str, Any] = {
+                name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(part + ".")
+            }
+            own[part] = replace(segments, **fields_of)
+    return replace(inputs, **own)

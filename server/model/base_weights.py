@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from lorry.adapters.layout import Linear
+from lorry.adapters.layout import ENDS, Linear
 from lorry.server.model.decoder import Decoder
 
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -16,12 +17,23 @@ class DecoderWeights:
 
     def __init__(self, decoder: Decoder) -> None:
         self._projections = decoder.projections
+        self._decoder = decoder
+        self.vocab_size = decoder.config.vocab_size
 
     def weight(self, linear: Linear) -> Tensor:
+        if linear[0] == ENDS:
+            everything = torch.arange(self.vocab_size)
+            return self.embedding(everything).T if linear[1] == "embed_tokens" else self.head(everything)
         return self._part(linear)[0]
 
+    def embedding(self, ids: Tensor) -> Tensor:
+        return self._decoder.embedding_rows(ids)
+
+    def head(self, ids: Tensor) -> Tensor:
+        return self._decoder.head_rows(ids)
+
     def bias(self, linear: Linear) -> Tensor | None:
-        return self._part(linear)[1]
+        return None if linear[0] == ENDS else self._part(linear)[1]
 
     def _part(self, linear: Linear) -> tuple[Tensor, Tensor | None]:
         layer, site = linear

@@ -6,7 +6,7 @@
     logits = Head · RMSNorm(h_L)
 
 Q, K, V and Gate, Up are one product each; the biases, the norms of q and k and the sliding window are there or not,
-as the config says. Adapters add Σ_j w_j s_j (x A_jᵀ) B_j to the outputs of the seven linears.
+as the config says. Adapters add Σ_j w_j s_j (x A_jᵀ) B_j to the outputs of the seven linears, of E and of Head.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lorry.kernels.lora import (
     SITES,
     AdapterPages,
     LoraTerm,
+    Segments,
     Site,
 )
 from lorry.kernels.nf4_linear import Products
@@ -37,7 +38,7 @@ from lorry.server.model.errors import UnsupportedModel
 from lorry.server.model.inputs import ModelInputs
 from lorry.server.model.placement import Placement
 from lorry.server.model.projection import Projection, nf4_bytes
-from lorry.server.model.step import KeyValueCache, Step, adapters_of
+from lorry.server.model.step import KeyValueCache, Step, adapters_of, add_to_embeddings, add_to_logits
 from lorry.server.model.weights import Checkpoint, layout_of, read_ends, read_layer
 from lorry.server.model.writer import Progress
 
@@ -132,6 +133,7 @@ class Decoder:
         `pages` may be None only where `inputs.segments` is.
         """
         hidden = embed(inputs.token_ids, self._embedding, self.dtype)
+        add_to_embeddings(hidden, inputs, pages, self.config.vocab_size)
         residual, term = None, None
         if self._fused is not None and self._fused.take(kv.keys, kv.values):
             batch = (inputs.positions, inputs.slot_mapping, inputs.block_tables, inputs.cu_seqlens_q, inputs.kv_lens)
@@ -142,11 +144,22 @@ class Decoder:
                 hidden, residual, term = self._layer(layer, hidden, residual, term, step)
         return _add_norm(hidden, self._final_norm, self.config.rms_eps, residual, term)[0]
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Head over hidden states [R, H] → float32 [R, V], in `out` where that is given."""
+    def logits(
+        self,
+        hidden: Tensor,
+        out: Tensor | None = None,
+        segments: Segments | None = None,
+        pages: AdapterPages | None = None,
+    ) -> Tensor:
+        """Head over hidden states [R, H] → float32 [R, V], in `out` where that is given.
+
+        segments: of these rows, as `ModelInputs.logits_segments`; `pages` may be None only where they are.
+        """
         head = self._head
         logits = dense_linear(hidden, self._embedding) if head is None else head.project(hidden)
-        return logits.float() if out is None else out.copy_(logits)
+        logits = logits.float() if out is None else out.copy_(logits)
+        add_to_logits(logits, hidden, segments, pages)
+        return logits
 
     def _fuse(self) -> Layers | None:
         """The layers as one call of the CPU kernels, where these can do all of them."""
@@ -219,6 +232,14 @@ class Decoder:
     def projections(self) -> tuple[Projection, ...]:
         """The fused linears of all layers, first layer first."""
         return tuple(p for layer in self._layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
+
+    def embedding_rows(self, ids: Tensor) -> Tensor:
+        """float32 [n, H] in host memory, the embeddings of token ids [n]."""
+        return embed(ids.to(self.device), self._embedding, self._embedding.dtype).to("cpu", torch.float32, copy=True)
+
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """The same of the head's matrix."""
+        return self.embedding_rows(ids) if self._head is None else self._head.part(0)[0][ids]
 
     @property
     def bits_per_linear_weight(self) -> float:

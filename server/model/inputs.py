@@ -26,4 +26,5 @@ class ModelInputs:
     segments: Segments | None  # None: no token of the batch has an adapter
     logits_rows: Tensor  # int64 [R], indices into T
     max_query_len: int | None = None  # most tokens of a sequence in this step, where known: kernels are chosen by it
+    logits_segments: Segments | None = None  # of the R rows; None: no adapter changes embedding or head in this step
     sources: Tensor | None = None  # int64 [T], row of the step before whose token this is; -1: it is known

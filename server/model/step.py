@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from lorry.kernels import dispatch
-from lorry.kernels.lora import AdapterPages, LoraTerm, Routes, Segments, Site, fill_routes, lora_add, make_routes
+from lorry.kernels.lora import (
+    HEAD,
+    AdapterPages,
+    LoraTerm,
+    Routes,
+    Segments,
+    Site,
+    fill_routes,
+    lora_add,
+    lora_embed,
+    make_routes,
+)
 from lorry.server.model.inputs import ModelInputs
 from lorry.server.model.projection import Projection
 
@@ -65,9 +76,39 @@ def adapters_of(
     if segments is None:
         return None
     assert pages is not None, "segments without pages"
+    return StepAdapters(pages, segments, _routes(segments, rows, pages, widths))
+
+
+def add_to_embeddings(hidden: Tensor, inputs: ModelInputs, pages: AdapterPages | None, vocab_size: int) -> None:
+    """hidden [T, H], the base's embeddings, += what the step's adapters do to them, where any does."""
+    if inputs.logits_segments is None:
+        return
+    assert inputs.segments is not None
+    ends = _ends_of(pages)
+    segments = replace(inputs.segments, page_bound=inputs.logits_segments.page_bound)
+    routes = _routes(segments, hidden.shape[0], ends, [(1, 1)])
+    lora_embed(hidden, inputs.token_ids, vocab_size, ends, segments, routes)
+
+
+def add_to_logits(logits: Tensor, hidden: Tensor, segments: Segments | None, pages: AdapterPages | None) -> None:
+    """logits float32 [R, V], the base's, of hidden [R, H] += what adapters do to them; segments: of these rows."""
+    if segments is None or hidden.shape[0] == 0:
+        return
+    ends = _ends_of(pages)
+    routes = _routes(segments, hidden.shape[0], ends, [(hidden.shape[1], 1)])
+    lora_add(logits, hidden, ends, 0, (Site(HEAD, 0, logits.shape[1]),), segments, routes)
+
+
+def _ends_of(pages: AdapterPages | None) -> AdapterPages:
+    assert pages is not None and pages.ends is not None, "segments without pages"
+    return pages.ends
+
+
+def _routes(segments: Segments, rows: int, pages: AdapterPages, widths: Sequence[tuple[int, int]]) -> Routes | None:
+    """On a GPU, where `rows` rows find their pages; None on a CPU."""
     if not dispatch.on_gpu(pages.arena):
-        return StepAdapters(pages, segments)
+        return None
     count, adapters = segments.slots.shape
     routes = make_routes(rows, count, segments.page_bound or adapters * pages.offsets.shape[3], pages, widths)
     fill_routes(routes, segments, pages, rows)
-    return StepAdapters(pages, segments, routes)
+    return routes

@@ -128,4 +128,10 @@ def read_ends(checkpoint: Checkpoint) -> EndWeights:
 def layout_of(config: ModelConfig) -> ModelLayout:
     """The linears that adapters can change: site → (K, N)."""
     shapes = config.linear_shapes()
-    return ModelLayout(layers=config.layers, sites={site: (shapes[site][1], shapes[site][0]) for site in SITES})
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    return ModelLayout(
+        layers=config.layers,
+        sites={site: (shapes[site][1], shapes[site][0]) for site in SITES},
+        ends={"embed_tokens": (vocabulary, hidden), "lm_head": (hidden, vocabulary)},
+        tied=config.tie_embeddings,
+    )

@@ -14,6 +14,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorry.adapters.errors import AdapterError
-from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.layout import ENDS, Linear, ModelLayout
 from lorry.adapters.loader import load_adapter
 from lorry.adapters.reading.files import Place
 from lorry.adapters.reading.matching import TIME_LIMIT, Matcher
 from lorry.adapters.reading.report import report_on
 from lorry.adapters.reading.spec import AdapterSpec
 from lorry.adapters.reading.strict_json import parse_object
+from lorry.adapters.reading.targets import targets_of
 from lorry.adapters.reading.tensor_file import parse_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -91,6 +93,8 @@ PLAIN: dict[str, Any] = {
     "use_qalora": False,
     "qalora_group_size": 16,
     "modules_to_save": None,
+    "trainable_token_indices": None,
+    "ensure_weight_tying": False,
     "alora_invocation_tokens": None,
     "loftq_config": {},
 }
@@ -99,6 +103,7 @@ INTERESTING = [
     "LORA", "all-linear", "none", "all", "lora_only", "pissa", "olora", "loftq", ".*", "(", "[", "(.*)*$", "x{9999}",
     "q_proj", "model.embed_tokens", "lm_head", "\0", "\n", "\u202e", "\ud800", "é" * 99, "F32", "BF16", "I64", [], {},
     [[]], [None], ["q_proj", "q_proj"], [0, 10**20], {"": 1}, {"q_proj": 8}, {"(": 1}, {".*": 10**9}, [1] * 300,
+    ["lm_head"], ["embed_tokens"], ["k_proj", "norm"], [0, 52, 53], {"lm_head": [1]}, {"embed_tokens": [10**20]},
 ]  # fmt: skip
 VALUES = st.one_of(
     st.sampled_from(INTERESTING),
@@ -184,9 +189,16 @@ def test_json(data: bytes) -> None:
         parse_object(data, "it", 1 << 20)
 
 
+@pytest.fixture(scope="module")
+def layout(layout: ModelLayout) -> ModelLayout:
+    """With an embedding and a head, which are one matrix."""
+    hidden = layout.sites["q_proj"][0]
+    return replace(layout, ends={"embed_tokens": (53, hidden), "lm_head": (hidden, 53)}, tied=True)
+
+
 def _read_spec(content: bytes, layout: ModelLayout) -> None:
     spec = AdapterSpec.from_bytes(content)
-    for linear in spec.adapted_linears(layout):
+    for linear in targets_of(spec, layout).factors:
         path = layout.module_path(*linear)
         assert math.isfinite(spec.scaling_of(path)) and 1 <= spec.rank_of(path) <= 256
 
@@ -256,10 +268,16 @@ class RandomBase:
     """For the methods that compute with the base's weights."""
 
     def __init__(self, layout: ModelLayout) -> None:
-        self._sites = layout.sites
+        self._layout = layout
+        self.vocab_size = layout.ends["embed_tokens"][0]
 
     def weight(self, linear: Linear) -> Tensor:
-        return torch.randn(self._sites[linear[1]][::-1], generator=torch.Generator().manual_seed(0))
+        return torch.randn(self._layout.shape(linear[1])[::-1], generator=torch.Generator().manual_seed(0))
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        return self.weight((ENDS, "embed_tokens")).T[ids].contiguous()
+
+    head = embedding
 
     def bias(self, linear: Linear) -> Tensor | None:
         return None

@@ -13,18 +13,15 @@ import torch
 from peft.tuners.lora.variants import QALoraLinearVariant
 from random_adapters import NoBase
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers_with_pages import layout_of, served
+from transformers_with_pages import Base, layout_of, read, served, write
 
-from lorry.adapters.canonical import CanonicalAdapter
-from lorry.adapters.catalog import Catalog
 from lorry.adapters.device.pool import PagePool
 from lorry.adapters.errors import MalformedAdapter, MixRefused, UnsupportedField, WrongBase
-from lorry.adapters.layout import Linear, ModelLayout
+from lorry.adapters.layout import ModelLayout
 from lorry.adapters.lease import Entry, Part
 from lorry.adapters.library import unfit
-from lorry.adapters.loader import load_adapter
 from lorry.adapters.reading.checkpoint import LinearTensors
 from lorry.adapters.reading.files import Place
 from lorry.adapters.reading.methods import update_of
@@ -79,37 +76,6 @@ def qwen() -> Qwen2ForCausalLM:
 @pytest.fixture(scope="module")
 def layout(qwen: Qwen2ForCausalLM) -> ModelLayout:
     return layout_of(qwen)
-
-
-class Base:
-    """The weights of a transformers model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
-
-    def weight(self, linear: Linear) -> Tensor:
-        return self.modules[ModelLayout.module_path(*linear)].weight.detach().clone()
-
-    def bias(self, linear: Linear) -> Tensor | None:
-        bias = self.modules[ModelLayout.module_path(*linear)].bias
-        return None if bias is None else bias.detach().clone()
-
-
-def write(model: Qwen2ForCausalLM, folder: Path, seed: int = 1, **config: Any) -> None:
-    """Train, so to say, an adapter on a copy of the model, and let PEFT save it."""
-    tuned = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(task_type="CAUSAL_LM", **config))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in tuned.named_parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data = parameter.data * (1 + 0.2 * noise) if "magnitude" in name else noise * 0.3
-    tuned.save_pretrained(str(folder))
-
-
-def read(folder: Path, layout: ModelLayout, base: Any) -> CanonicalAdapter:
-    place = Catalog(folder.parent).find(folder.name)
-    assert place is not None
-    return load_adapter(place, layout, torch.float32, base)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from lorry.adapters.canonical import CanonicalAdapter
 from lorry.adapters.device.pool import PagePool
 from lorry.adapters.device.slabs import SlabAllocator, slab_elements
 from lorry.adapters.errors import PoolTooSmall
-from lorry.adapters.layout import Linear
+from lorry.adapters.layout import ENDS, Linear
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -53,14 +54,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.seed += 1
         new = adapter(self.seed, ranks)
         demand = self.pool.demand([new])
-        if not self.pool.ever_fits(demand, 1):
+        if not self.pool.ever_fits(demand):
             with pytest.raises(PoolTooSmall, match=str(new.nbytes)):
                 self.pool.insert(new)
             return
         before, idle = set(self.resident), self._idle()
         slot = self.pool.insert(new)
         if slot is None:
-            assert self.pool.enough(demand, 1, idle) is None
+            assert self.pool.enough(demand, idle) is None
             return
         gone = before - set(self.pool.least_recently_used())
         gone |= {slot} & before
@@ -133,7 +134,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         self.pool.check()
         for slot, expected in self.resident.items():
-            assert_holds(self.pool.pages, slot, expected)
+            assert_holds(self.pool, slot, expected)
         used = sum(item.nbytes for item in [*self.resident.values(), *self.filling.values()])
         assert self.pool.bytes_used == used <= self.pool.capacity_bytes
         assert 0 <= self.pool.pages_used <= self.pool.pages_total
@@ -190,9 +191,9 @@ def test_compaction_moves_pages_that_are_in_use() -> None:
     assert slot is not None
     pool.check()
     assert not torch.equal(before, pool.pages.offsets[list(expected)]), "the test is too easy"
-    assert_holds(pool.pages, slot, big)
+    assert_holds(pool, slot, big)
     for held, content in expected.items():
-        assert_holds(pool.pages, held, content)
+        assert_holds(pool, held, content)
 
 
 def test_room_for_adapters_of_rank_16() -> None:
@@ -206,7 +207,20 @@ def test_room_for_adapters_of_rank_16() -> None:
         assert pool.room() == filled <= slots
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_pages_of_a_large_head_fit_where_slabs_are_large_enough() -> None:
+    layout = replace(LAYOUT, ends={"lm_head": (37, 1003)})
+    head = adapter(0, {(ENDS, "lm_head"): 40, (0, "q_proj"): 16}, layout=layout)
+    small = PagePool(layout, 100 * LARGEST)
+    assert small.room() > 2
+    with pytest.raises(PoolTooSmall, match=r"slabs of \d+ bytes, each for pages of one size"):
+        small.insert(head)
+    large = PagePool(layout, 1000 * LARGEST)
+    slots = [large.insert(head), large.insert(adapter(1, {(1, "q_proj"): 64}, layout=layout))]
+    large.check()
+    assert None not in slots and large.end_bound(slots) == 3 and large.page_bound(slots) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn])
 def test_a_pool_that_just_holds_one(dtype: torch.dtype) -> None:
     one = adapter(1, {(0, "down_proj"): 16}, dtype)
     pool = PagePool(LAYOUT, one.nbytes, dtype)

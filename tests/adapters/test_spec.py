@@ -18,6 +18,7 @@ from lorry.adapters.layout import ModelLayout
 from lorry.adapters.reading import matching
 from lorry.adapters.reading.fields import ACCEPTED, SERVED, WITH_ALORA, WITHOUT_EFFECT, refuse_beside_alora
 from lorry.adapters.reading.spec import AdapterSpec
+from lorry.adapters.reading.targets import targets_of
 
 BASE = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 
@@ -29,8 +30,8 @@ def spec(**config: Any) -> AdapterSpec:
 UNSUPPORTED = {
     "peft_type": ["LOHA", "ADALORA", "IA3", None, 3],
     "task_type": ["SEQ_CLS", "SEQ_2_SEQ_LM", 1],
-    "modules_to_save": [["lm_head"]],
-    "trainable_token_indices": [[1, 2], {"embed_tokens": [3]}],
+    "modules_to_save": [["norm"], ["layers.0"], ["self_attn"]],
+    "trainable_token_indices": [{"q_proj": [1]}, {"embed": [1]}],
     "target_parameters": [["mlp.experts.gate_up_proj"]],
     "alora_invocation_tokens": [[7] * 1025],
     "megatron_config": [{"a": 1}],
@@ -43,14 +44,14 @@ UNSUPPORTED = {
     "use_bdlora": [{"nblocks": 2}],
     "a_field_of_tomorrow": [True, 1, 0, "x", ["x"], {"x": 1}],
     "r": [257, 4096],
-    "target_modules": [[], None, ["lm_head"], ["q_proj", "model.embed_tokens"], ".*"],
+    "target_modules": [[], None, ["q_proj", "model.norm"], ".*"],
 }
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in UNSUPPORTED.items() for v in values], ids=str)
 def test_refuses_by_name(layout: ModelLayout, name: str, value: object) -> None:
     with pytest.raises(UnsupportedField, match=name) as refused:
-        spec(**{name: value}).adapted_linears(layout)
+        targets_of(spec(**{name: value}), layout)
     assert refused.value.field == name
 
 

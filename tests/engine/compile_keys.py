@@ -78,6 +78,13 @@ def random_step(limits: Limits, draw: random.Random) -> ModelInputs:
             torch.ones(combos),
             draw.choice((1, 2, 3, 4, 16, 17, 64, 128)),
         )
+    logits_segments = None
+    if segments is not None and draw.random() < 0.7:  # of adapters that change the embedding or the head
+        count, adapters = segments.slots.shape
+        cuts = sorted(draw.choices(range(len(lengths) + 1), k=draw.choice((0, count - 1))))
+        combos = (len(cuts) + 1, adapters)
+        rows = torch.tensor([0, *cuts, len(lengths)], dtype=torch.int32)
+        logits_segments = Segments(rows, torch.zeros(combos).int(), torch.ones(combos), draw.choice((1, 3, 16, 64)))
     return ModelInputs(
         token_ids=torch.zeros(sum(lengths), dtype=torch.int64),
         positions=torch.cat([torch.arange(end - length, end) for length, end in zip(lengths, ends, strict=True)]),
@@ -88,6 +95,7 @@ def random_step(limits: Limits, draw: random.Random) -> ModelInputs:
         segments=segments,
         logits_rows=starts[1:].long() - 1,
         max_query_len=max(lengths),
+        logits_segments=logits_segments,
     )
 
 
@@ -114,7 +122,8 @@ def of_serving(decoder: Decoder, tables: AdapterPages, limits: Limits, draw: ran
     kv = kv_cache.KVCache(model.layers, model.kv_heads, model.head_dim, 7, torch.bfloat16)
     with noted() as wanted:
         for inputs in steps_of(limits, draw):
-            logits = decoder.logits(decoder.forward(inputs, kv, tables).index_select(0, inputs.logits_rows))
+            hidden = decoder.forward(inputs, kv, tables).index_select(0, inputs.logits_rows)
+            logits = decoder.logits(hidden, None, inputs.logits_segments, tables)
             choose(logits[: limits.max_running], draw)
     return list(wanted)
 

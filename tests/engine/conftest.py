@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from lorry.server.engine.local import LocalEngine
 from lorry.server.engine.messages import AdapterRef, Generate, SamplingParams, StoppingParams
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model
+
+sys.path.insert(0, str(Path(__file__).parent))  # peft_oracle.py serves several tests here
 
 SHAPE = {
     "vocab_size": 131,

@@ -69,6 +69,22 @@ def test_a_cache_in_e4m3_holds_four_times_the_tokens_of_float32(build: Any, gene
     assert [forks[1].tokens(index) for index in range(3)] == [forks[0].tokens(index) for index in range(3)]
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("int8", 0.05), ("fp8", 0.2)])
+def test_pages_in_8_bits_hold_twice_the_adapters(build: Any, generate: Any, dtype: str, most: float) -> None:
+    wide, narrow = build(), build(adapter_dtype=dtype)
+    halved = build(adapter_dtype="bfloat16").engine.adapters.manager.pool
+    pool = narrow.engine.adapters.manager.pool
+    assert 1.8 < pool.room() / halved.room() < 2.1 or pool.room() == pool.max_slots
+    requests = [
+        generate(name, prompt(30), 0, adapters={name: 1.0} if name else {}, logprobs=0, prompt_logprobs_from=1)
+        for name in ("", "a", "c", "e")
+    ]
+    for request, exact, rounded in zip(requests, wide.generate(*requests), narrow.generate(*requests), strict=True):
+        one, other = (torch.tensor([each.logprob for each in a.prompt_logprobs or ()]) for a in (exact, rounded))
+        error = float((one - other).square().mean().sqrt())
+        assert (0 < error < most) if request.adapters else error == 0
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_each_row_of_a_mixed_batch_equals_its_solo_run(build: Any, generate: Any, mix: str) -> None:
     requests = [

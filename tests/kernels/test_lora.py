@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorry.adapters.canonical import to_pages
 from lorry.kernels.lora import (
+    EMBEDDING,
     SITES,
     VECTORS,
     AdapterPages,
@@ -14,6 +16,8 @@ from lorry.kernels.lora import (
     Site,
     lora_add,
     lora_add_reference,
+    lora_embed,
+    lora_embed_reference,
     vector_elements,
 )
 
@@ -53,16 +57,22 @@ def pool(k: int, sizes: dict[str, int], dtype: torch.dtype) -> AdapterPages:
                     padded_a, padded_b = torch.zeros(16, k), torch.zeros(16, n)
                     part = slice(16 * page, min(rank_here, 16 * page + 16))
                     padded_a[: part.stop - part.start], padded_b[: part.stop - part.start] = a[part], b[part]
-                    own.append((torch.cat([padded_a.flatten(), padded_b.flatten()]).to(dtype), 0))
+                    own.append((to_pages(padded_a, padded_b.T, dtype)[0], 0))
                 if slot in (1, 5, 6):
-                    vectors = torch.full((vector_elements(n, dtype),), float("nan"), dtype=dtype)
+                    vectors = poison(vector_elements(n, dtype), dtype)
                     vectors.view(torch.float32)[: 2 * n] = torch.randn(2 * n)
                     own.append((vectors, VECTORS))
                 for index, (page, flag) in enumerate(own):
                     offsets[slot, layer, SITES.index(name), index] = end + flag
-                    pieces += [page, torch.full((16,), float("nan"), dtype=dtype)]
+                    pieces += [page, poison(16, dtype)]
                     end += page.numel() + 16
-    return AdapterPages(torch.cat(pieces), offsets, torch.rand(len(RANKS), LAYERS, len(SITES)) + 0.5)
+    arena = torch.cat([piece.view(torch.uint8) for piece in pieces]).view(dtype)
+    return AdapterPages(arena, offsets, torch.rand(len(RANKS), LAYERS, len(SITES)) + 0.5)
+
+
+def poison(size: int, dtype: torch.dtype) -> Tensor:
+    """What nobody may read: NaN, where the type has it."""
+    return torch.full((size,), 127 if dtype is torch.int8 else float("nan"), dtype=dtype)
 
 
 def segments(rows: list[tuple[tuple[int, int], tuple[float, float]]]) -> Segments:
@@ -93,6 +103,8 @@ def sites_of(sizes: dict[str, int], gap: int) -> tuple[tuple[Site, ...], int]:
         (95, {"q_proj": 33, "k_proj": 17, "v_proj": 9}, torch.float32),
         (64, {"gate_proj": 80, "up_proj": 80}, torch.bfloat16),
         (577, {"down_proj": 1031}, torch.float16),
+        (95, {"q_proj": 33, "k_proj": 17, "v_proj": 9}, torch.int8),
+        (577, {"down_proj": 1031}, torch.float8_e4m3fn),
     ],
 )
 def test_equals_the_reference_and_its_solo_row(
@@ -114,6 +126,28 @@ def test_equals_the_reference_and_its_solo_row(
         assert torch.equal(solo[0], y[i]), i
         if rows[i] == NONE:
             assert torch.equal(y[i], base[i])
+
+
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize(("vocabulary", "hidden", "dtype"), [(211, 33, torch.float32), (97, 80, torch.int8)])
+def test_embeddings_are_products_with_one_hot_vectors(
+    popularity: str, vocabulary: int, hidden: int, dtype: torch.dtype, relative_rms: Measure
+) -> None:
+    pages = pool(vocabulary, {SITES[EMBEDDING]: hidden}, dtype)
+    rows = POPULARITY[popularity]
+    token_ids, base = torch.randint(vocabulary, (len(rows),)), torch.randn(len(rows), hidden)
+    token_ids[0] = vocabulary - 1
+    expected, y, plain = base.clone(), base.clone(), base.clone()
+    x = torch.nn.functional.one_hot(token_ids, vocabulary).float()
+    lora_add_reference(expected, x, pages, 0, (Site(EMBEDDING, 0, hidden),), segments(rows))
+    lora_embed_reference(plain, token_ids, vocabulary, pages, segments(rows))
+    lora_embed(y, token_ids, vocabulary, pages, segments(rows))
+    assert relative_rms(plain, expected) < 1e-6
+    assert relative_rms(y, expected) < 1e-6
+    for i in range(0, len(rows), 5):
+        solo = base[i : i + 1].clone()
+        lora_embed(solo, token_ids[i : i + 1], vocabulary, pages, segments(rows[i : i + 1]))
+        assert torch.equal(solo[0], y[i]), i
 
 
 def test_columns_between_sites_and_rows_of_no_segment_stay(relative_rms: Measure) -> None:

@@ -118,6 +118,8 @@ def paged_logits(
             block_rows.append(tables[s] + [0] * (max(needed) - len(tables[s])))
             members.append((s, take))
             done[s] += take
+        segments = None if combos is None else _segments(members, cu, combos)
+        ends = segments if pages is not None and pages.ends is not None else None
         inputs = ModelInputs(
             token_ids=torch.tensor(tokens, device=device),
             positions=torch.tensor(positions),
@@ -125,10 +127,11 @@ def paged_logits(
             cu_seqlens_q=torch.tensor(cu, dtype=torch.int32),
             kv_lens=torch.tensor(lengths, dtype=torch.int32),
             block_tables=torch.tensor(block_rows, dtype=torch.int32),
-            segments=None if combos is None else _segments(members, cu, combos),
+            segments=segments,
             logits_rows=torch.arange(len(tokens)),
+            logits_segments=ends,
         )
-        logits = decoder.logits(decoder.forward(inputs, kv, pages)[inputs.logits_rows])
+        logits = decoder.logits(decoder.forward(inputs, kv, pages)[inputs.logits_rows], None, ends, pages)
         for index, (s, _) in enumerate(members):
             rows[s].append(logits[cu[index] : cu[index + 1]])
         step += 1

@@ -34,6 +34,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True, "target_modules": ["q_proj", "up_proj"]},
     "bias": {"bias": "all"},
     "lora_bias": {"lora_bias": True},
+    "modules_to_save": {"modules_to_save": ["lm_head", "v_proj"]},
+    "trainable_tokens": {"trainable_token_indices": {"embed_tokens": [3, 130], "lm_head": [1]}},
+}
+ENDS: dict[str, dict[str, Any]] = {
+    "ends": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "ends-dora": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
 }
 
 
@@ -47,7 +53,7 @@ def model(tools: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(tools: Any, model: Path) -> Path:
-    for seed, (name, config) in enumerate(METHODS.items()):
+    for seed, (name, config) in enumerate((METHODS | ENDS).items()):
         torch.manual_seed(seed)
         values = {"target_modules": ["q_proj", "k_proj", "down_proj"], "init_lora_weights": False, **config}
         peft = get_peft_model(
@@ -72,12 +78,25 @@ def lora(adapters: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(adapters / "lora", tmp_path / "lora"))
 
 
+@pytest.mark.parametrize("name", ENDS)
+def test_the_ends_are_probed(adapters: Path, base: AdapterCheck, name: str) -> None:
+    report = base.report(adapters / name, "float32")
+    assert report.error is None and report.probe is not None
+    assert {"model.embed_tokens", "lm_head"} <= set(report.probe.linears)
+    assert report.probe.rms_error < 1e-5 and report.modules["lm_head"] == report.modules["embed_tokens"] == [-1]
+    tensors = load_file(adapters / name / "adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in tensors
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_probe_agrees_with_the_files(adapters: Path, base: AdapterCheck, name: str) -> None:
-    report = base.report(adapters / name, torch.float32)
+    report = base.report(adapters / name, "float32")
     assert report.error is None and report.probe is not None
     assert name in report.methods
     assert report.probe.rms_error < 1e-5 and len(report.probe.linears) == 5
+    for dtype, least in {"int8": 1e-3, "fp8": 1e-2}.items():
+        narrow = base.report(adapters / name, dtype)
+        assert narrow.error is None and narrow.probe is not None and least < narrow.probe.rms_error < 7e-2
     rounded = base.report(adapters / name).probe
     assert rounded is not None and rounded.within and rounded.rms_error > report.probe.rms_error
 

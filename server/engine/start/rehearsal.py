@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorry.adapters.segments import rows_of
 from lorry.kernels.lora import AdapterPages
 from lorry.server.cache.kv_cache import KVCache
 from lorry.server.decoding.interface import Row, Strategy
@@ -71,7 +72,9 @@ class Rehearsal:
         """The launches of a step up to its logits, float32 [R, V], of as many rows as there may be."""
         inputs = inputs_of(shape, table_width(self._limits), self._decoder.device)
         hidden = self._decoder.forward(inputs, self._kv, self._tables).index_select(0, inputs.logits_rows)
-        return self._decoder.logits(hidden[: self._logits_rows])
+        segments, rows = inputs.logits_segments, min(len(hidden), self._logits_rows)
+        own = None if segments is None else rows_of(segments, 0, rows)
+        return self._decoder.logits(hidden[:rows], None, own, self._tables)
 
     @torch.inference_mode()
     def choose(self, logits: torch.Tensor, read: bool = True) -> None:

@@ -6,7 +6,7 @@ What a kernel is compiled for depends on a step in four ways only:
     rows of a sequence   attention's plans and the queries of its decode plan
     sequences            the groups of LoRA routes, twice as many where each sequence's adapter begins to act within its
                          rows; the rows of logits, where the head is a product like the others
-    adapters or none
+    adapters or none     with adapters, those of the embedding and the head as well
 
 each by powers of two. The rest (lengths of texts, widths of block tables, adapters, pages) are numbers at run time. So
 there is a step for each power of two of rows, as few sequences and as many, with adapters and without.
@@ -102,6 +102,7 @@ def inputs_of(shape: Shape, table_blocks: int, device: torch.device) -> ModelInp
         segments=segments,
         logits_rows=torch.arange(shape.rows, device=device),
         max_query_len=max(shape.lengths),
+        logits_segments=segments,
     )
 
 

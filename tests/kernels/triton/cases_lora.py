@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from lorry.kernels.lora import SITES, AdapterPages, LoraTerm, Segments, Site, make_routes
-from lorry.kernels.triton.lora import lora_expand, lora_shrink
+from lorry.kernels.lora import EMBEDDING, HEAD, SITES, AdapterPages, LoraTerm, Segments, Site, make_routes
+from lorry.kernels.triton.lora import lora_expand, lora_gather, lora_shrink
 from lorry.kernels.triton.lora_routes import fill_routes
 from lorry.kernels.triton.rms_norm import rms_norm
 from lorry.kernels.triton.silu_mul import silu_mul
@@ -42,6 +42,20 @@ def expand(rows: int, dtype: torch.dtype) -> None:
     lora_expand(torch.empty(rows, sum(SIZES.values()), dtype=dtype), term(rows, SIZES, 4096, dtype))
 
 
+def end(rows: int, site: int, in_features: int, out_features: int) -> LoraTerm:
+    adapters = pages(torch.bfloat16)
+    routes = make_routes(rows, rows, 1, adapters, WIDTHS)
+    return LoraTerm(routes, adapters, 0, (Site(site, 0, out_features),), in_features, one_hot=site == EMBEDDING)
+
+
+def gather(rows: int) -> None:
+    lora_gather(torch.empty(rows, dtype=torch.int64), end(rows, EMBEDDING, 128256, 4096))
+
+
+def head(rows: int) -> None:
+    lora_expand(torch.empty(rows, 128256), end(rows, HEAD, 4096, 128256))
+
+
 def fill(rows: int) -> None:
     adapters = pages(torch.bfloat16)
     segments = Segments(
@@ -62,6 +76,8 @@ def gated(rows: int) -> None:
 
 CASES = {
     "lora fill": partial(fill, 64),
+    "lora gather": partial(gather, 64),
+    "lora head": partial(head, 64),
     "lora shrink float32": partial(shrink, 64, torch.float32),
     "lora expand float32": partial(expand, 64, torch.float32),
     "rms_norm residual lora": partial(norm, 64),

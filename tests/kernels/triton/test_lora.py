@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorry.adapters.canonical import to_pages
 from lorry.kernels.lora import (
+    BYTES,
+    EMBEDDING,
     SITES,
     VECTORS,
     AdapterPages,
@@ -55,8 +58,10 @@ SHAPES = [  # K, N of the sites, dtype of the arena and of x
     (72, {"q_proj": 40, "k_proj": 24, "v_proj": 8}, torch.float32),
     (136, {"gate_proj": 88, "up_proj": 88}, torch.bfloat16),
     (1032, {"down_proj": 136}, torch.float16),  # two splits of K
+    (1032, {"down_proj": 136}, torch.int8),
+    (72, {"q_proj": 40, "k_proj": 24, "v_proj": 8}, torch.float8_e4m3fn),
 ]
-MIXES_OF_SHAPES = (["distinct", "weighted"], list(MIXES), ["zipf", "weighted"])
+MIXES_OF_SHAPES = (["distinct", "weighted"], list(MIXES), ["zipf", "weighted"], ["weighted"], ["distinct", "weighted"])
 
 
 @pytest.fixture(autouse=True)
@@ -70,25 +75,31 @@ def pool(k: int, sizes: dict[str, int], dtype: torch.dtype, device: str) -> Adap
     Adapters 1, 4 and 6 have vectors; adapter 6 has nothing else at the first site.
     """
     offsets = torch.full((len(RANKS), LAYERS, len(SITES), MAX_PAGES), -1, dtype=torch.int64)
-    gap = torch.full((24,), float("nan"), dtype=dtype)
-    pieces, end = [gap], 24
+    gap = unread(32, dtype)
+    pieces, end = [gap], 32
     for slot, rank in enumerate(RANKS):
         for name, n in sizes.items():
             own: list[tuple[Tensor, int]] = []
             for page in range(0 if slot == 6 and name == next(iter(sizes)) else -(-rank // 16)):
                 a, b = torch.randn(16, k) / k**0.5, torch.randn(16, n)
                 a[rank - 16 * page :], b[rank - 16 * page :] = 0, 0
-                own.append((torch.cat([a.flatten(), b.flatten()]).to(dtype), 0))
+                own.append((to_pages(a, b.T, dtype)[0], 0))
             if slot in VECTORED:
-                vectors = torch.full((vector_elements(n, dtype),), float("nan"), dtype=dtype)
+                vectors = unread(vector_elements(n, dtype), dtype)
                 vectors.view(torch.float32)[: 2 * n] = torch.randn(2 * n)
                 own.append((vectors, VECTORS))
             for index, (page_, flag) in enumerate(own):
                 offsets[slot, LAYER, SITES.index(name), index] = end + flag
                 pieces += [page_, gap]
-                end += page_.numel() + 24
+                end += page_.numel() + 32
     scaling = torch.rand(len(RANKS), LAYERS, len(SITES)) + 0.5
-    return AdapterPages(torch.cat(pieces).to(device), offsets.to(device), scaling.to(device))
+    arena = torch.cat([piece.view(torch.uint8) for piece in pieces]).view(dtype)
+    return AdapterPages(arena.to(device), offsets.to(device), scaling.to(device))
+
+
+def unread(size: int, dtype: torch.dtype) -> Tensor:
+    """What nobody may read: NaN, where the type has it."""
+    return torch.full((size,), 127 if dtype is torch.int8 else float("nan"), dtype=dtype)
 
 
 def segments_of(rows: list[Row], device: str) -> Segments:
@@ -211,22 +222,45 @@ def test_adds_what_the_reference_adds(
 ) -> None:
     rows, pages = MIXES[mix], pool(k, sizes, dtype, device)
     segments, (sites, width) = segments_of(rows, device), sites_of(sizes)
-    x = strided(torch.randn(len(rows), k, device=device).to(dtype), 8)
+    x = strided(torch.randn(len(rows), k, device=device).to(torch.bfloat16 if dtype in BYTES else dtype), 8)
     base = torch.randn(len(rows), width, device=device)
     added = expected_sum(x, base, pages, sites, segments)
     routes = routes_of(segments, len(rows), pages, k, len(sites), more=1 + 2 * (k == 72))
     y = strided(base, 5)
     gpu.lora_add(y, x, pages, LAYER, sites, segments, routes)
-    error = (y - (base + added)).abs().max()
-    assert error <= (3e-5 if dtype is torch.bfloat16 else 2e-6) * max(1.0, float(added.abs().max()))
+    error, rounded = (y - (base + added)).abs().max(), dtype in (torch.bfloat16, *BYTES)
+    assert error <= (3e-5 if rounded else 2e-6) * max(1.0, float(added.abs().max()))
     if mix == "none":
         assert torch.equal(y, base)
     else:
-        assert relative_rms(y - base, added) < (1e-5 if dtype is torch.bfloat16 else 1e-6)
+        assert relative_rms(y - base, added) < (1e-5 if rounded else 1e-6)
     i = len(rows) // 2
     solo, alone = base[i : i + 1].clone(), segments_of(rows[i : i + 1], device)
     gpu.lora_add(solo, x[i : i + 1], pages, LAYER, sites, alone, routes_of(alone, 1, pages, k, len(sites)))
     assert torch.equal(solo[0], y[i])
+
+
+@pytest.mark.parametrize(("dtype", "y_dtype"), [(torch.float32, torch.float32), (torch.int8, torch.bfloat16)])
+@pytest.mark.parametrize("mix", ["none", "distinct", "skewed", "weighted"])
+def test_embeddings_are_products_with_one_hot_vectors(
+    dtype: torch.dtype, y_dtype: torch.dtype, mix: str, device: str, relative_rms: Measure
+) -> None:
+    rows, vocabulary, hidden = MIXES[mix], 1096, 40  # more than one split of a product
+    whole = pool(vocabulary, {SITES[EMBEDDING]: hidden}, dtype, device)
+    own = slice(LAYER, LAYER + 1)
+    pages = replace(whole, offsets=whole.offsets[:, own].contiguous(), scaling=whole.scaling[:, own].contiguous())
+    segments = segments_of(rows, device)
+    token_ids = torch.randint(vocabulary, (len(rows),), device=device)
+    token_ids[0] = vocabulary - 1
+    base = torch.randn(len(rows), hidden, device=device).to(y_dtype)
+    x = torch.nn.functional.one_hot(token_ids, vocabulary).float()
+    expected = base.double()
+    lora_add_reference(expected, x, pages, 0, (Site(EMBEDDING, 0, hidden),), segments)
+    y = base.clone()
+    gpu.lora_embed(y, token_ids, vocabulary, pages, segments)
+    assert relative_rms(y, expected) < (1e-6 if y_dtype is torch.float32 else 4e-3)
+    if mix == "none":
+        assert torch.equal(y, base)
 
 
 def test_determinism(device: str) -> None:
@@ -365,7 +399,9 @@ def test_assembly(assembled: Callable[[str, int], list[Any]], dtype: str, archit
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("case", ["lora fill", "lora shrink float32", "lora expand float32"])
+@pytest.mark.parametrize(
+    "case", ["lora fill", "lora shrink float32", "lora expand float32", "lora gather", "lora head"]
+)
 def test_nothing_spills(assembled: Callable[[str, int], list[Any]], case: str, architecture: int) -> None:
     (kernel,) = assembled(case, architecture)
     assert kernel.spills == 0
