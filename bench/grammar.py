@@ -1,6 +1,6 @@
 """Times structured output: compiling, masks, and what they add to a step of the default model.
 
-    GOMP_SPINCOUNT=3000 python bench/grammar.py [--batch 1 --batch 16 --batch 64] [--steps 60] [--output FILE] [--no-step]
+    GOMP_SPINCOUNT=3000 python bench/grammar.py [--batch 1 --batch 16] [--steps 60] [--output FILE] [--no-step]
 
 The time of a row of masks is that of `Grammar.masks` and `forbid` in the decoding, over outputs that grow by random
 allowed tokens; no figure is printed unless the masks of a batch equal those of its rows alone. The share is that of a
