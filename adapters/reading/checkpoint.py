@@ -9,7 +9,9 @@
     [base_layer.]bias                                       b' [N], with bias = all or, on adapted linears, lora_only
     [modules_to_save.[default.]]weight, and bias            W' [N, K], of the embedding [V, H], and b' [N]
     token_adapter.trainable_tokens_delta[.default]          E'[t] [n, H] of n tokens t
-    [token_adapter.]base_layer.weight, weight               of embedding and head: the base's own, beside the adapter's
+    [token_adapter.]base_layer.weight, weight,
+    original_module.weight                                  of embedding and head: the base's own, beside the adapter's
+    original_module.bias                                    the base's own, which nothing computes with, beside a W'
 
 Every tensor of the file is used, every linear that the config means is there, shapes agree with the config's ranks
 and the base, and all values are finite; anything else is an error that names the tensor. Only biases may be missing,
@@ -39,7 +41,7 @@ _KEY = re.compile(
     r"|(?P<embedding_a>lora_embedding_A(?:\.default)?)|(?P<embedding_b>lora_embedding_B(?:\.default)?)"
     r"|(?P<magnitude>lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
     r"|(?P<weight>(?:modules_to_save\.(?:default\.)?)?weight)"
-    r"|(?P<saved>(?:token_adapter\.)?base_layer\.weight)"
+    r"|(?P<saved>(?:(?:token_adapter\.)?base_layer|original_module)\.weight)|(?P<unused>original_module\.bias)"
     r"|(?P<rows>token_adapter\.trainable_tokens_delta(?:\.default)?)"
     r"|(?P<bias>(?:base_layer\.|modules_to_save\.(?:default\.)?)?bias))"
 )
@@ -96,6 +98,8 @@ def read_linears(
             part = "saved"
         parts = found.setdefault(linear, {})
         if part in parts:
+            if _is_again((name, tensor), parts[part]):
+                continue
             raise MalformedAdapter(f"{name} and {parts[part][0]} are the same tensor", name)
         parts[part] = name, tensor
     wanted = _wanted(targets, spec)
@@ -116,6 +120,12 @@ def read_linears(
             linears[linear] = _checked(parts, linear, targets, spec, layout)
             rest()
     return linears
+
+
+def _is_again(one: tuple[str, Tensor], other: tuple[str, Tensor]) -> bool:
+    """Whether PEFT has saved a module's own tensor by its inner name too, with bias "all" or save_embedding_layers."""
+    inner = [".modules_to_save." in name for name, _ in (one, other)]
+    return inner[0] is not inner[1] and one[1].dtype == other[1].dtype and torch.equal(one[1], other[1])
 
 
 def _wanted(targets: Targets, spec: AdapterSpec) -> dict[Linear, frozenset[str]]:
@@ -140,7 +150,7 @@ def _check_meant(
     for linear, parts in found.items():
         meant = linear in wanted or linear in biased
         for part, (name, _) in parts.items():
-            is_base = part == "saved" and linear[0] == ENDS
+            is_base = (part == "saved" and linear[0] == ENDS) or (part == "unused" and linear in targets.own)
             if not (part in wanted.get(linear, ()) or (part == "bias" and linear in biased) or is_base):
                 raise MalformedAdapter(f"{name} {_unmeant(part, meant)}", name)
 
@@ -155,7 +165,7 @@ def _unmeant(part: str, meant: bool) -> str:
             return "needs lora_bias to be true"
         case "magnitude" if meant:
             return "needs use_dora to be true"
-        case "weight" | "saved":
+        case "weight" | "saved" | "unused":
             return "belongs to a module that modules_to_save does not mean"
         case "rows":
             return "belongs to a module that trainable_token_indices does not mean"
@@ -195,7 +205,7 @@ def _checked(
     parts: Mapping[str, tuple[str, Tensor]], linear: Linear, targets: Targets, spec: AdapterSpec, layout: ModelLayout
 ) -> LinearTensors:
     in_features, out_features = layout.shape(linear[1])
-    rank = spec.rank_of(layout.module_path(*linear))
+    rank = spec.rank_of(layout.module_path(*targets.owner(linear)))
     inputs = in_features
     if spec.qalora_group_size is not None and "a" in parts and parts["a"][1].shape[-1:] != (in_features,):
         inputs = in_features // spec.qalora_group_size  # PEFT itself pools over GPTQ bases only
@@ -211,7 +221,8 @@ def _checked(
     for part, (name, tensor) in parts.items():
         of_config = {"a": 0, "b": 1, "rows": 0}.get(part)
         _check(name, tensor, shapes.get(part, (out_features,)), of_config, spec)
-    return LinearTensors(in_features, **{part: tensor for part, (_, tensor) in parts.items()}, row_ids=row_ids)
+    used = {part: tensor for part, (_, tensor) in parts.items() if part != "unused"}
+    return LinearTensors(in_features, **used, row_ids=row_ids)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], of_config: int | None, spec: AdapterSpec) -> None:

@@ -144,8 +144,9 @@ def reference_update(
     before = base_bias.expand(len(x), -1) if weight is None else x @ weight.T + base_bias
     update = x.new_zeros(x.shape[0], out_features)
     if a is not None and b is not None:
-        rank = a.shape[0]
-        scaling = _alpha(config, path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        rank = _of_pattern(config, "rank_pattern", "r", path)
+        alpha = _of_pattern(config, "alpha_pattern", "lora_alpha", path)
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         group = x.shape[1] // a.shape[1]
         pooled = x if group == 1 else x.reshape(len(x), -1, group).mean(-1) * a.shape[1]
         update = scaling * (pooled @ a.T @ b.T + (0 if b_bias is None else b_bias))
@@ -155,14 +156,15 @@ def reference_update(
     return before, before + update + (0 if bias is None else bias - base_bias)
 
 
-def _alpha(config: Mapping[str, object], path: str) -> float:
-    pattern, alpha = config.get("alpha_pattern"), config.get("lora_alpha", 8)
+def _of_pattern(config: Mapping[str, object], name: str, otherwise: str, path: str) -> float:
+    """The value for `path` of the first key of a pattern that matches, else of the field `otherwise`."""
+    pattern, found = config.get(name), config.get(otherwise, 8)
     for key, value in pattern.items() if isinstance(pattern, dict) else ():
-        if Matcher().match(rf"(.*\.)?({key})$", path, "alpha_pattern"):
-            alpha = value
+        if Matcher().match(rf"(.*\.)?({key})$", path, name):
+            found = value
             break
-    assert isinstance(alpha, int | float)
-    return float(alpha)
+    assert isinstance(found, int | float)
+    return float(found)
 
 
 def _resident(adapter: CanonicalAdapter, chosen: list[Linear], layout: ModelLayout) -> tuple[PagePool, int]:

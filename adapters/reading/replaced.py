@@ -16,14 +16,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorry.adapters.errors import WrongBase
+from lorry.adapters.errors import MalformedAdapter, WrongBase
 from lorry.adapters.layout import Linear, ModelLayout
 from lorry.adapters.reading.base import BaseWeights
 from lorry.adapters.reading.checkpoint import LinearTensors
 from lorry.adapters.reading.targets import EMBEDDING, HEAD
 from lorry.adapters.reading.update import Update
 
-_SAME = 2**-8  # relative RMS of what rounding to 16 bits makes of a matrix, and more
 _ROWS = 4096  # of a table compared at a time
 
 
@@ -78,9 +77,14 @@ def without_the_bases(
     """Without the matrices of embedding and head that PEFT has saved beside the adapter's tensors.
 
     Where they are others than this base's, PEFT loads them over the base: then they are the adapter's own. Raises
-    WrongBase where something else is added to such a one.
+    WrongBase where something else is added to such a one, MalformedAdapter for two of one matrix.
     """
     settled = dict(tensors)
+    both = [tensors[end].saved for end in (EMBEDDING, HEAD) if layout.tied and end in tensors]
+    saved = [each for each in both if each is not None]
+    if len(saved) == 2 and not torch.equal(*saved):
+        path = layout.module_path(*HEAD)
+        raise MalformedAdapter(f"the file's matrix of {path} is not the embedding's, which it is tied to", path)
     for linear, own in tensors.items():
         if own.saved is None:
             continue
@@ -98,11 +102,14 @@ def without_the_bases(
 
 
 def is_the_bases(linear: Linear, saved: Tensor, base: BaseWeights) -> bool:
-    """Whether a matrix of the embedding or the head, [V, H], is what the base has, but for rounding to 16 bits."""
-    difference, size = 0.0, 0.0
+    """Whether a matrix of the embedding or the head, [V, H], is what the base has: number by number as they are, or
+    both rounded to bfloat16 or to float16, in which the trainer or the base may have had it."""
+    left = {torch.float32, torch.bfloat16, torch.float16}
     for first in range(0, base.vocab_size, _ROWS):
         ids = torch.arange(first, min(first + _ROWS, base.vocab_size))
         own = base.embedding(ids) if linear == EMBEDDING else base.head(ids)
-        difference += float((saved[first : first + _ROWS].float() - own).double().square().sum())
-        size += float(own.double().square().sum())
-    return difference <= _SAME**2 * size
+        rows = saved[first : first + _ROWS]
+        left = {dtype for dtype in left if torch.equal(rows.to(dtype), own.to(dtype))}
+        if not left:
+            return False
+    return True

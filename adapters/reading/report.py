@@ -82,9 +82,13 @@ def report_on(
         order = (*SITES, *END_SITES)
         for layer, site in sorted(adapter.linears, key=lambda linear: (order.index(linear[1]), linear[0])):
             report.modules.setdefault(site, []).append(layer)
-        factors = targets_of(spec, layout).factors
-        ranked = {key: linear for key, linear in adapter.linears.items() if linear.pages.shape[0] and key in factors}
-        report.ranks = dict(sorted(Counter(spec.rank_of(layout.module_path(*key)) for key in ranked).items()))
+        targets = targets_of(spec, layout)
+        ranked = {
+            key: linear for key, linear in adapter.linears.items() if linear.pages.shape[0] and key in targets.factors
+        }
+        report.ranks = dict(
+            sorted(Counter(spec.rank_of(layout.module_path(*targets.owner(key))) for key in ranked).items())
+        )
         report.scalings = dict(sorted(Counter(linear.scaling for linear in ranked.values()).items()))
         report.bytes = adapter.nbytes
         report.pages = sum(linear.pages.shape[0] for linear in adapter.linears.values())

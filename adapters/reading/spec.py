@@ -18,6 +18,7 @@ from lorry.adapters.layout import ENDS, MAX_RANK, Linear, ModelLayout
 from lorry.adapters.reading.fields import FACTOR_INITS, refuse_beside_alora, refuse_unsupported
 from lorry.adapters.reading.matching import Matcher
 from lorry.adapters.reading.strict_json import parse_object
+from lorry.kernels.lora import END_SITES
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -153,9 +154,12 @@ class AdapterSpec:
         return scaling
 
     def adapts(self, path: str) -> bool:
-        """Whether PEFT would adapt the module at `path`."""
+        """Whether PEFT would adapt the module at `path`, which it does not where modules_to_save has its whole name."""
         if self.exclude_modules and self._matcher.names(self.exclude_modules, path, "exclude_modules"):
             return False
+        for name in self.modules_to_save:
+            if self._matcher.match(rf"(^|.*\.){name}($|\..*)", path, "modules_to_save"):
+                return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
                 linear = ModelLayout.parse(path)
@@ -168,6 +172,12 @@ class AdapterSpec:
         if self.layers_to_transform is None:
             return True
         return self._matcher.layer_index(self.layers_pattern, path) in self.layers_to_transform
+
+    def names_an_end(self, modules: str | tuple[str, ...]) -> bool:
+        """Whether PEFT takes these names, or this expression, for the embedding's or the head's when it ties them."""
+        if isinstance(modules, str):
+            return any(self._matcher.match(modules, site, "target_modules", whole=True) for site in END_SITES)
+        return any(name.rpartition(".")[2] in END_SITES for name in modules)
 
     def adapted_linears(self, layout: ModelLayout) -> list[Linear]:
         """Every linear of `layout` that target_modules means, the embedding and the head behind those of the layers."""

@@ -4,8 +4,11 @@ tokens.
     target_modules           y0 + s B A x                          also of the embedding and the head
     modules_to_save          W' x in place of W0 x
     trainable_token_indices  E'[t] = Δ_j for the j-th token t
-    ensure_weight_tying      what becomes of the embedding becomes of the head of a base where both are one matrix;
+    ensure_weight_tying      what becomes of the embedding becomes of the head of a base where both are one matrix, if
+                             a name ends with theirs or an expression matches theirs alone, without the path;
                              of rows of tokens that is so without it
+
+What modules_to_save has is no target.
 
 Source: `set_additional_trainable_modules` of peft/utils/other.py, `_check_tied_modules` of peft/tuners/tuners_utils.py.
 """
@@ -42,6 +45,10 @@ class Targets:
     rows: Mapping[Linear, tuple[int, ...]] | None = None
     tied: bool = False
 
+    def owner(self, linear: Linear) -> Linear:
+        """The linear whose factors it has, and so whose rank; its scale is its own."""
+        return EMBEDDING if self.tied and linear == HEAD and EMBEDDING in self.factors else linear
+
 
 def targets_of(spec: AdapterSpec, layout: ModelLayout) -> Targets:
     """Raises UnsupportedField for modules that cannot be changed here and for what PEFT does not combine."""
@@ -49,13 +56,13 @@ def targets_of(spec: AdapterSpec, layout: ModelLayout) -> Targets:
         if spec.adapts(path):
             raise UnsupportedField(f"target_modules means {path}, {_SERVED}", "target_modules")
     own = frozenset(_own(spec, layout))
-    rows = dict(_rows(spec, layout))
+    rows = _rows(spec, layout)
     factors = spec.adapted_linears(layout)
     tied = False
     if layout.tied and spec.ensure_weight_tying:
-        if own & {EMBEDDING, HEAD}:
+        if spec.names_an_end(spec.modules_to_save):
             own, tied = own | {EMBEDDING, HEAD}, True
-        elif EMBEDDING in factors or HEAD in factors:
+        elif spec.names_an_end(spec.target_modules) and (EMBEDDING in factors or HEAD in factors):
             factors = [linear for linear in factors if linear[0] != ENDS] + [EMBEDDING, HEAD]
             tied = True
     if layout.tied and EMBEDDING in rows and rows.setdefault(HEAD, rows[EMBEDDING]) == rows[EMBEDDING]:
@@ -105,8 +112,9 @@ def _own(spec: AdapterSpec, layout: ModelLayout) -> Iterator[Linear]:
             yield linear
 
 
-def _rows(spec: AdapterSpec, layout: ModelLayout) -> Iterator[tuple[Linear, tuple[int, ...]]]:
+def _rows(spec: AdapterSpec, layout: ModelLayout) -> dict[Linear, tuple[int, ...]]:
     """Token ids of the ends that trainable_token_indices names."""
+    rows: dict[Linear, tuple[int, ...]] = {}
     for name, ids in spec.token_indices:
         found = [(ENDS, site) for site in layout.ends if layout.module_path(ENDS, site).endswith(name)]
         if len(found) != 1:
@@ -115,6 +123,9 @@ def _rows(spec: AdapterSpec, layout: ModelLayout) -> Iterator[tuple[Linear, tupl
                 "trainable_token_indices",
             )
         (linear,) = found
+        if linear in rows:
+            path = layout.module_path(*linear)
+            raise UnsupportedField(f"trainable_token_indices names {path} twice", "trainable_token_indices")
         vocabulary = layout.ends["embed_tokens"][0]
         for token in ids:
             if token >= vocabulary:
@@ -123,4 +134,5 @@ def _rows(spec: AdapterSpec, layout: ModelLayout) -> Iterator[tuple[Linear, tupl
                 )
         if len(set(ids)) < len(ids):
             raise MalformedAdapter("trainable_token_indices has a token twice", "trainable_token_indices")
-        yield linear, ids
+        rows[linear] = ids
+    return rows

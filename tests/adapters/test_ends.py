@@ -18,6 +18,8 @@ from transformers_with_pages import Base, layout_of, read, resident, served, wri
 from lorry.adapters.device.pool import PagePool
 from lorry.adapters.errors import AdapterError, MalformedAdapter, WrongBase
 from lorry.adapters.layout import ENDS
+from lorry.adapters.reading.files import Place
+from lorry.adapters.reading.report import report_on
 from lorry.adapters.reading.spec import AdapterSpec
 from lorry.adapters.reading.targets import targets_of
 from lorry.adapters.reading.tensor_file import MAX_HEADER_BYTES
@@ -53,6 +55,17 @@ TOKENS_OF_BOTH = {"r": 3, "target_modules": ["q_proj"]}
 CONFIGS |= {name: config | {"ensure_weight_tying": True} for name, config in TIED.items()}
 CONFIGS["tokens-both"] = TOKENS_OF_BOTH | {"trainable_token_indices": {"embed_tokens": [9, 4], "lm_head": [9, 4]}}
 CONFIGS["tokens-apart"] = TOKENS_OF_BOTH | {"trainable_token_indices": {"embed_tokens": [9, 4], "lm_head": [8]}}
+# PEFT ties by names that end with an end's own, and by expressions that match that alone.
+TYING = {"r": 3, "ensure_weight_tying": True}
+CONFIGS["tying-by-path"] = TYING | {"target_modules": r"model\.embed_tokens|.*q_proj"}
+CONFIGS["tying-by-name"] = TYING | {"target_modules": r".*(embed_tokens|q_proj)"}
+CONFIGS["tying-by-part"] = TYING | {"target_modules": ["q_proj"], "modules_to_save": ["d_tokens"]}
+CONFIGS["tying-part-of-head"] = TYING | {"target_modules": ["q_proj"], "modules_to_save": ["head"]}
+CONFIGS["tying-own-of-target"] = TYING | {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+CONFIGS["tying-rank"] = TYING | {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"embed_tokens": 6}}
+# What modules_to_save has is no target; with bias "all" PEFT saves its biases under three names.
+CONFIGS["own-of-targets"] = {"r": 3, "target_modules": "all-linear", "modules_to_save": ["down_proj"]}
+CONFIGS["own-biased"] = {"r": 3, "target_modules": ["o_proj"], "bias": "all", "modules_to_save": ["q_proj"]}
 
 
 def model_of(tied: bool) -> Qwen2ForCausalLM:
@@ -148,6 +161,53 @@ def test_matrices_that_peft_saves_along_are_loaded_over_the_base(tied: bool, end
     torch.testing.assert_close(actual, oracle(model, tmp_path / "same", token_ids), rtol=2e-4, atol=2e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+def test_small_changes_of_saved_matrices_are_not_dropped(end: str, tmp_path: Path) -> None:
+    """One number of a row, which is nothing beside the matrix, and 0.3% of every number."""
+    model = model_of(tied=False)
+    layout, tuned = layout_of(model), peft.get_peft_model(model_of(False), peft.LoraConfig(target_modules=["q_proj"]))
+    tuned.save_pretrained(str(tmp_path / "a"), save_embedding_layers=True)
+    before = load_file(tmp_path / "a" / FILE)
+    (name,) = (name for name in before if name.endswith(f"{end}.weight"))
+    for dtype in (torch.bfloat16, torch.float16):
+        save_file(before | {name: before[name].to(dtype)}, tmp_path / "a" / FILE)
+        assert (ENDS, end) not in read(tmp_path / "a", layout, Base(model)).linears, "only rounded"
+    row = before[name].clone()
+    row[7, 3] += 0.01
+    for changed in (row, before[name] * 1.003):
+        save_file(before | {name: changed}, tmp_path / "a" / FILE)
+        assert (ENDS, end) in read(tmp_path / "a", layout, Base(model)).linears
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_own_matrices_saved_beside_the_originals(tied: bool, tmp_path: Path) -> None:
+    """save_embedding_layers writes the wrapper of modules_to_save whole."""
+    model, token_ids = model_of(tied), torch.tensor([[7, 1, 88, 9]])
+    write(model, tmp_path / "a", r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"], saved=True)
+    names = load_file(tmp_path / "a" / FILE).keys()
+    assert {E + "weight", E + "modules_to_save.weight", E + "original_module.weight"} <= names
+    layout = layout_of(model)
+    pool = PagePool(layout, 8 << 20, torch.float32)
+    combo = resident(pool, read(tmp_path / "a", layout, Base(model)))
+    actual = served(model, layout, pool, token_ids, [combo])[0]
+    torch.testing.assert_close(actual, oracle(model, tmp_path / "a", token_ids), rtol=2e-4, atol=2e-4)
+
+
+def test_the_probe_takes_a_tied_heads_scale_from_the_config(tmp_path: Path) -> None:
+    """Its factors are the embedding's, of rank 6; PEFT divides its alpha by the rank that the config gives the head."""
+    model = model_of(tied=True)
+    write(model, tmp_path / "a", **CONFIGS["tying-rank"])
+    report = report_on(
+        Place(tmp_path / "a", (tmp_path,)), layout_of(model), torch.float32, Base(model), lambda: "a fingerprint"
+    )
+    assert report.error is None
+    assert report.probe is not None and report.probe.within and "lm_head" in report.probe.linears
+    assert report.ranks == {3: 2, 6: 2}
+    assert report.scalings == pytest.approx({8 / 3: 3, 8 / 6: 1})
+
+
 SPOILED: dict[str, tuple[str, Any, type[AdapterError], str]] = {
     "a larger vocabulary": (
         "own-head",
@@ -211,6 +271,24 @@ SPOILED: dict[str, tuple[str, Any, type[AdapterError], str]] = {
         WrongBase,
         "has no bias there",
     ),
+    "two of an own matrix": (
+        "own-head",
+        lambda t: t.update({H + "modules_to_save.weight": t[H + "weight"] + 1}),
+        MalformedAdapter,
+        "are the same tensor",
+    ),
+    "an original that nothing replaces": (
+        "lora",
+        lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.original_module.bias": torch.ones(60)}),
+        MalformedAdapter,
+        "modules_to_save does not mean",
+    ),
+    "a saved head that is not the embedding it is tied to": (
+        "lora",
+        lambda t: t.update({E + "weight": torch.ones(89, 40), H + "weight": torch.zeros(89, 40)}),
+        MalformedAdapter,
+        "which it is tied to",
+    ),
     "another head than the embedding it is tied to": (
         "tied-own",
         lambda t: t.update({H + "weight": torch.ones(89, 40)}),
@@ -235,7 +313,16 @@ def test_spoiled_tensors_are_refused(case: str, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a norm": ({"modules_to_save": ["norm"]}, "modules_to_save", "means model.norm"),
     "a layer's norm": ({"modules_to_save": ["input_layernorm"]}, "modules_to_save", "input_layernorm"),
-    "both": ({"modules_to_save": ["v_proj"], "target_modules": ["v_proj"]}, "modules_to_save", "both mean"),
+    "both, by a part of a name": (
+        {"modules_to_save": ["d_tokens"], "target_modules": ["embed_tokens"]},
+        "modules_to_save",
+        "both mean",
+    ),
+    "rows by two names": (
+        {"trainable_token_indices": {"embed_tokens": [9, 4], "model.embed_tokens": [5, 6]}},
+        "trainable_token_indices",
+        "names model.embed_tokens twice",
+    ),
     "rows and factors": (
         {"trainable_token_indices": [1], "target_modules": ["embed_tokens"]},
         "trainable_token_indices",

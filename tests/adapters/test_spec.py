@@ -66,6 +66,7 @@ MALFORMED = {
     "alpha_pattern": [3, {"q_proj": None}, {"q_proj": True}],
     "target_modules": [5, {"q_proj": 1}, ["q_proj", 3], "q_proj("],
     "exclude_modules": [5, [None], "[", "(?P<a"],
+    "modules_to_save": [5, "lm_head", [""], [None], ["q_proj("], ["x{4294967294}"]],
     "layers_to_transform": ["1", [1.5], [True], {"a": 1}],
     "layers_pattern": [5, "layers"],
     "alora_invocation_tokens": [[], 5, "5", [1, 1.0], [True], [3, -1], [None], {"a": 1}],
@@ -183,6 +184,9 @@ def test_patterns_that_explode_are_stopped(layout: ModelLayout, pattern: str, mo
     with pytest.raises(MalformedAdapter, match="take longer") as refused:
         spec(target_modules=pattern).adapted_linears(layout)
     assert refused.value.field == "target_modules"
+    with pytest.raises(MalformedAdapter, match="take longer") as refused:
+        spec(modules_to_save=[pattern]).adapted_linears(layout)
+    assert refused.value.field == "modules_to_save"
 
 
 # ---------------------------------------------------------------- PEFT as the oracle
@@ -244,6 +248,15 @@ def test_targets_match_as_in_peft(layout: ModelLayout, targets: Any, exclude: An
             spec(target_modules=targets, **fields)
         return
     read = spec(target_modules=targets, **fields)
+    for linear in layout.linears():
+        path = layout.module_path(*linear)
+        assert read.adapts(path) == bool(check_target_module_exists(config, path)), path
+
+
+@pytest.mark.parametrize("own", [["q_proj"], ["_proj"], ["model.layers.1.mlp"], ["self_attn", "up_proj"], ["q.proj"]])
+def test_what_is_saved_whole_is_no_target_as_in_peft(layout: ModelLayout, own: list[str]) -> None:
+    fields: dict[str, Any] = {"target_modules": ["q_proj", "up_proj", "down_proj"], "modules_to_save": own}
+    config, read = LoraConfig(**fields), spec(**fields)
     for linear in layout.linears():
         path = layout.module_path(*linear)
         assert read.adapts(path) == bool(check_target_module_exists(config, path)), path

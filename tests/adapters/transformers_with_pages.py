@@ -53,15 +53,15 @@ class Base:
         return None if bias is None else bias.detach().clone()
 
 
-def write(model: PreTrainedModel, folder: Path, seed: int = 1, **config: Any) -> None:
-    """Train, so to say, an adapter on a copy of the model, and let PEFT save it."""
+def write(model: PreTrainedModel, folder: Path, seed: int = 1, saved: bool | str = "auto", **config: Any) -> None:
+    """Train, so to say, an adapter on a copy of the model, and let PEFT save it; saved: save_embedding_layers."""
     tuned = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(task_type="CAUSAL_LM", **config))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:  # in place, since some are tied
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data.copy_(parameter.data * (1 + 0.2 * noise) if "magnitude" in name else noise * 0.3)
-    tuned.save_pretrained(str(folder))
+    tuned.save_pretrained(str(folder), save_embedding_layers=saved)
 
 
 def read(folder: Path, layout: ModelLayout, base: Any) -> CanonicalAdapter:
