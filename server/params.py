@@ -6,8 +6,19 @@ A leaf: the messages between the processes carry these types and decoding reads 
 from __future__ import annotations
 
 import enum
+from typing import Literal
 
 import msgspec
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+
+
+class StructuredOutput(msgspec.Struct, frozen=True):
+    """The language of the answers; see `decoding/grammar.py`. kind: the field of the contract that names it."""
+
+    kind: GrammarKind
+    text: str = ""  # of a choice a JSON list, of json_object nothing
+    skip_forced: bool = False
 
 
 class Mirostat(msgspec.Struct, frozen=True):
@@ -103,6 +114,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     no_repeat_ngram_size: int = 0  # 0: off
     bad_words: tuple[tuple[int, ...], ...] = ()  # token ids each
     allowed_token_ids: tuple[int, ...] = ()  # (): all
+    structured_output: StructuredOutput | None = None
     seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
     n: int = 1
     search: Search | None = None  # in place of sampling; its sequences are decided together

@@ -85,6 +85,12 @@ def generate(
     entropy: options.Entropy = False,
     include_prompt: options.IncludePrompt = False,
     include_stop: options.IncludeStop = False,
+    json_schema: options.JsonSchema = None,
+    json_object: options.JsonObject = False,
+    regex: options.Regex = None,
+    choice: options.Choice = None,
+    grammar: options.Grammar = None,
+    skip_forced: options.SkipForced = False,
 ) -> None:
     """Ask a running server for an answer."""
     spec = options.spec(
@@ -133,6 +139,12 @@ def generate(
         entropy=entropy,
         include_prompt=include_prompt,
         include_stop=include_stop,
+        json_schema=json_schema,
+        json_object=json_object,
+        regex=regex,
+        choice=choice,
+        grammar=grammar,
+        skip_forced=skip_forced,
     )
     text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
     _set_prompt(spec, text, chat or system is not None, system, token_ids)

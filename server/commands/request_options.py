@@ -11,7 +11,8 @@ from lorry.server.commands import values
 if TYPE_CHECKING:
     from lorry.v1 import generation_pb2
 
-_SAMPLING, _SEARCH, _STOPPING, _ANSWER = "Sampling", "Search", "Stopping", "Answer"
+_SAMPLING, _SEARCH, _STRUCTURE = "Sampling", "Search", "Structured output"
+_STOPPING, _ANSWER = "Stopping", "Answer"
 
 _OF_STRATEGIES = {  # option: strategy, field
     "beam_width": ("beam", "width"),
@@ -203,6 +204,26 @@ IncludePrompt = Annotated[bool, _option("--include-prompt", panel=_ANSWER, help=
 IncludeStop = Annotated[
     bool, _option("--include-stop", panel=_ANSWER, help="End the text with the stop text that ended it.")
 ]
+JsonSchema = Annotated[
+    str | None,
+    _option("--json-schema", panel=_STRUCTURE, metavar="FILE|JSON", help="The answer is JSON of this schema."),
+]
+JsonObject = Annotated[bool, _option("--json-object", panel=_STRUCTURE, help="The answer is a JSON object.")]
+Regex = Annotated[
+    str | None, _option("--regex", panel=_STRUCTURE, help="The answer matches this regular expression as a whole.")
+]
+Choice = Annotated[
+    list[str] | None,
+    _option("--choice", panel=_STRUCTURE, metavar="TEXT", help="The answer is one of these; repeat for each."),
+]
+Grammar = Annotated[
+    str | None,
+    _option("--grammar", panel=_STRUCTURE, metavar="FILE|LARK", help="The answer is a text of this grammar."),
+]
+SkipForced = Annotated[
+    bool,
+    _option("--skip-forced", panel=_STRUCTURE, help="Append at once what the structure leaves no choice about."),
+]
 
 
 def adapter_refs(adapters: list[str] | None) -> list[generation_pb2.AdapterRef]:
@@ -232,6 +253,7 @@ def spec(adapters: list[str] | None, **options: Any) -> generation_pb2.Generatio
     if (limit := options.pop("time_limit", None)) is not None:
         message.stopping.time_limit.FromNanoseconds(round(limit * 1e9))
     _set_strategy(message, {name: options.pop(name, None) for name in _OF_STRATEGIES})
+    _set_structure(message, options)
     parts = (message, message.sampling, message.stopping, message.response)
     for name, value in options.items():
         if value is None or value == []:
@@ -299,3 +321,21 @@ def _set_strategy(message: generation_pb2.GenerationSpec, options: dict[str, Any
 def enum_values(enum: Any) -> list[tuple[str, int]]:
     """Names and numbers of a protobuf enum."""
     return [(value.name, value.number) for value in enum.values]
+
+
+def _set_structure(message: generation_pb2.GenerationSpec, options: dict[str, Any]) -> None:
+    """Take the options of structured output out of `options`."""
+    found = {name: options.pop(name, None) for name in ("json_schema", "json_object", "regex", "choice", "grammar")}
+    given = {name: value for name, value in found.items() if value}
+    skip_forced = options.pop("skip_forced", False)
+    if len(given) > 1:
+        raise typer.BadParameter(f"--{' and --'.join(given)} exclude each other".replace("_", "-"))
+    if skip_forced and not given:
+        raise typer.BadParameter("--skip-forced needs --json-schema, --json-object, --regex, --choice or --grammar")
+    for name, value in given.items():
+        wanted = message.structured_output
+        if name == "choice":
+            wanted.choice.values.extend(value)
+        else:
+            setattr(wanted, name, values.file_or_text(value) if name in ("json_schema", "grammar") else value)
+        wanted.skip_forced = skip_forced

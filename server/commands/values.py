@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import typer
@@ -64,3 +65,14 @@ def numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Numbe
         return [kind(piece) for piece in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r} does not fit {option}: numbers separated by commas") from None
+
+
+def file_or_text(text: str) -> str:
+    """What the file of this name holds, or the text itself where there is none."""
+    path = Path(text)
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else text
+    except OSError:  # too long for a name
+        return text
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{text} is no text in UTF-8") from None

@@ -45,6 +45,10 @@ class Processors:
         self._chain: list[Processor] = default_chain() if chain is None else list(chain)
         self._needs: dict[int, tuple[int, ...]] = {}  # row key -> indices into the chain
 
+    def append(self, processor: Processor) -> None:
+        """One more behind the others; before any row is seen."""
+        self._chain.append(processor)
+
     def needs(self, row: Row) -> tuple[int, ...]:
         """Which processors the row uses; () when its logits stay as they are."""
         found = self._needs.get(row.key)

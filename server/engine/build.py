@@ -21,10 +21,14 @@ from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator
 from lorry.server.cache.kv_cache import KVCache, block_bytes, choose_num_blocks
 from lorry.server.cache.prefix import PrefixIndex
 from lorry.server.config import GIB, MIB, EngineConfig
+from lorry.server.decoding.forced import SkipForced
+from lorry.server.decoding.grammar import Grammar
+from lorry.server.decoding.processors import Processors
 from lorry.server.decoding.strategies import Strategies
 from lorry.server.engine.adapters import AdapterDesk
 from lorry.server.engine.batch import build_batch
 from lorry.server.engine.channel import Channel
+from lorry.server.engine.grammars import GrammarDesk
 from lorry.server.engine.graphs import GRAPH_PAGES, MOST_ADAPTERS, PAGE_BUCKETS
 from lorry.server.engine.loop import Engine
 from lorry.server.engine.messages import Generate, ModelInfo, SamplingParams, StoppingParams
@@ -36,7 +40,9 @@ from lorry.server.engine.start.gpu_start import GpuStart, Progress
 from lorry.server.engine.start.memory import CudaMemory, free_memory
 from lorry.server.engine.start.memory_plan import memory_line
 from lorry.server.engine.start.rehearsal import Rehearsal
-from lorry.server.errors import InvalidField
+from lorry.server.errors import InvalidField, LorryError
+from lorry.server.grammars.library import Library
+from lorry.server.grammars.vocabulary import load_vocabulary
 from lorry.server.model.base_weights import DecoderWeights
 from lorry.server.model.decoder import Decoder
 
@@ -106,13 +112,22 @@ def token_budget(config: EngineConfig, types: Types) -> int:
 
 
 def build_engine(
-    config: EngineConfig, types: Types, decoder: Decoder, channel: Channel, progress: Progress = lambda *_: None
+    config: EngineConfig,
+    types: Types,
+    decoder: Decoder,
+    channel: Channel,
+    progress: Progress = lambda *_: None,
+    grammars: GrammarDesk | None = None,
 ) -> Engine:
     """Allocate the adapters' pages, then the KV cache from what is left, and put the parts together.
 
     On a GPU also compile, launch and record what steps will launch; progress(stage, done, of how much) is told of it.
     """
-    model, strategy = decoder.config, Strategies()
+    model = decoder.config
+    grammars = grammars or GrammarDesk(None)
+    processors, grammar = Processors(), Grammar(grammars.library, model.vocab_size)
+    processors.append(grammar)
+    strategy = SkipForced(Strategies(processors), grammar)
     limits = Limits(config.max_running, token_budget(config, types), model.context_length)
     start = GpuStart(config, limits, CudaMemory(types.device), progress) if types.on_gpu else None
     if start is not None:
@@ -175,9 +190,19 @@ def build_engine(
         strategy,
         desk,
         model.eos_token_ids,
+        grammars=grammars,
         ahead=types.ahead,
         debug_checks=config.debug_checks,
     )
+
+
+def grammar_desk(folder: Path, decoder: Decoder) -> GrammarDesk:
+    """The desk of a model whose files lie in `folder`; one that refuses all grammars where they serve none."""
+    model = decoder.config
+    try:
+        return GrammarDesk(Library(load_vocabulary(folder, model.vocab_size, model.eos_token_ids)))
+    except LorryError as error:
+        return GrammarDesk(None, error)
 
 
 def warm_up(engine: Engine) -> None:

@@ -217,6 +217,8 @@ class Committer:
             logits = logits[sources]
         try:
             return self.strategy.decide(rows, logits, hidden[sources] if any(map(observes, rows)) else None)
+        except LorryError as error:
+            log.warning("%d rows cannot be decided together, trying them one by one: %s", len(rows), error)
         except Exception:
             log.exception("%d rows cannot be decided together, trying them one by one", len(rows))
         continuations: list[Continuation] = []
@@ -228,6 +230,8 @@ class Committer:
             try:
                 ((_, own),) = self.runner.logits(output, range(first, last))
                 decided = self.strategy.decide([rows[place] for place in places], own, hidden[first:last])
+            except LorryError as error:
+                self.fail(sequences[places[0]].request, error)
             except Exception:
                 self.fault(sequences[places[0]].request)
             else:
@@ -313,11 +317,13 @@ class Committer:
     def _reason(self, request: Request, token_id: int, count: int) -> FinishReason | None:
         """Whether `token_id`, the `count`-th of an output, ends its sequence."""
         stopping = request.message.stopping
-        if count > stopping.min_new_tokens:
-            if token_id in self.eos_token_ids and not stopping.ignore_eos:
-                return FinishReason.EOS
-            if token_id in stopping.stop_token_ids:
-                return FinishReason.STOP
+        enough = count > stopping.min_new_tokens
+        # where a grammar has ended nothing else is left, however short the output is
+        ends = enough or request.message.sampling.structured_output is not None
+        if ends and token_id in self.eos_token_ids and not stopping.ignore_eos:
+            return FinishReason.EOS
+        if enough and token_id in stopping.stop_token_ids:
+            return FinishReason.STOP
         if count >= stopping.max_new_tokens or len(request.prompt) + count >= self.scheduler.limits.context_length:
             return FinishReason.LENGTH
         return None

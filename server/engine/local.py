@@ -11,6 +11,7 @@ import torch
 from lorry.server.config import EngineConfig
 from lorry.server.engine.build import Types, build_engine
 from lorry.server.engine.channel import LocalChannel
+from lorry.server.engine.grammars import GrammarDesk
 from lorry.server.engine.messages import (
     AdapterReply,
     Command,
@@ -57,10 +58,12 @@ class Answer:
 class LocalEngine:
     """`send` commands, `step` or `run`, read `answers`. Build it with a decoder that is loaded."""
 
-    def __init__(self, decoder: Decoder, config: EngineConfig, types: Types | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, config: EngineConfig, types: Types | None = None, grammars: GrammarDesk | None = None
+    ) -> None:
         self.channel = LocalChannel()
         self.types = types or Types.choose(config)
-        self.engine = build_engine(config, self.types, decoder, self.channel)
+        self.engine = build_engine(config, self.types, decoder, self.channel, grammars=grammars)
         self.answers: dict[str, Answer] = {}
         self.replies: dict[int, AdapterReply] = {}
         self.messages: list[EngineMessage] = []
@@ -76,7 +79,7 @@ class LocalEngine:
         """One step; whether anything ran. Where only a load could go on, it is given a moment."""
         with torch.inference_mode():
             busy = self.engine.step()
-        if not busy and self.engine.adapters.busy:
+        if not busy and (self.engine.adapters.busy or self.engine.grammars.busy):
             time.sleep(LOAD_POLL)  # or the interpreter hardly ever leaves this thread for the loader's
         self._sort(self.channel.messages)
         self.channel.messages = []
@@ -86,7 +89,14 @@ class LocalEngine:
         """Send commands, then step until no request is left and no adapter is on its way; TimeoutError if it hangs."""
         self.send(*commands)
         end = time.monotonic() + timeout
-        while self.step() or self.engine.scheduler.requests or self.engine.adapters.busy or self.channel.commands:
+        engine = self.engine
+        while (
+            self.step()
+            or engine.scheduler.requests
+            or engine.adapters.busy
+            or engine.grammars.busy
+            or self.channel.commands
+        ):
             if time.monotonic() > end:
                 raise TimeoutError(f"requests {sorted(self.engine.scheduler.requests)} do not end")
 

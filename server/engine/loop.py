@@ -18,6 +18,7 @@ from lorry.server.engine.adapters import AdapterDesk
 from lorry.server.engine.batch import Runs, build_batch
 from lorry.server.engine.channel import Channel
 from lorry.server.engine.commit import Committer, Flight, failed, internal_error
+from lorry.server.engine.grammars import GrammarDesk
 from lorry.server.engine.graphs import page_bucket
 from lorry.server.engine.messages import (
     Abort,
@@ -58,6 +59,7 @@ class Engine:
         adapters: AdapterDesk,
         eos_token_ids: tuple[int, ...],
         *,
+        grammars: GrammarDesk | None = None,
         ahead: bool = False,
         debug_checks: bool = False,
         clock: Callable[[], float] = time.time,
@@ -66,6 +68,7 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
+        self.grammars = grammars or GrammarDesk(None)
         self.report = Report(scheduler)
         self.outbox: list[EngineMessage] = []
         self.committer = Committer(scheduler, runner, strategy, eos_token_ids, self.outbox)
@@ -94,6 +97,8 @@ class Engine:
                 self._obey(command)
             except Exception:
                 self._refuse(command)
+        for command in self.grammars.ready(self._no_grammar):
+            self._go_on(command)
         self.adapters.poll(self.report, self.outbox)
         self._expire(self.clock())
         plan = self.scheduler.plan(self.clock())
@@ -184,10 +189,10 @@ class Engine:
     def _obey(self, command: Command) -> None:
         match command:
             case Generate():
-                self._submit(command)
+                self._receive(command)
             case Abort():
-                if request := self.scheduler.requests.get(command.request_id):
-                    self.committer.abort(request, command.index, self.clock())
+                if not self.grammars.follows(command):
+                    self._go_on(command)
             case Shutdown():
                 self.stopped = True
             case _:
@@ -201,6 +206,26 @@ class Engine:
         elif not isinstance(command, Abort | Shutdown):
             self.outbox.append(AdapterReply(command.call_id, error=ErrorInfo(error.kind, error.message, error.fields)))
 
+    def _receive(self, command: Generate) -> None:
+        try:
+            if not self.grammars.wants(command):
+                self._submit(command)
+        except LorryError as error:
+            self.outbox.append(failed(command.request_id, error))
+
+    def _go_on(self, command: Generate | Abort) -> None:
+        """With what waits for no grammar, or does so no longer."""
+        if isinstance(command, Generate):
+            self._submit(command)
+        elif request := self.scheduler.requests.get(command.request_id):
+            self.committer.abort(request, command.index, self.clock())
+
+    def _no_grammar(self, request_id: str, error: Exception) -> None:
+        if not isinstance(error, LorryError):
+            log.error("a grammar met a bug", exc_info=error)
+            error = LorryError("internal error")
+        self.outbox.append(failed(request_id, error))
+
     def _submit(self, command: Generate) -> None:
         try:
             vocab_size = self.runner.decoder.config.vocab_size
@@ -212,7 +237,7 @@ class Engine:
             lease = self.adapters.request(command.adapters)
             self._orders += 1
             try:
-                self.scheduler.add(Request(command, self._orders, lease))
+                self.scheduler.add(Request(command, self._orders, lease, self.grammars.grammar(command)))
             except LorryError:
                 if lease is not None:
                     self.adapters.release(lease)
@@ -239,6 +264,7 @@ class Engine:
         now = self.clock()
         if idle or self.report.due(now):
             self.adapters.measure(self.report)
+            self.grammars.measure(self.report)
             if stats := self.report.stats(now):
                 self.outbox.append(stats)
         if self.outbox:
@@ -251,7 +277,7 @@ class Engine:
             return
         if self._debug_checks:
             self.check()
-        if self.scheduler.waiting or self.adapters.busy:
+        if self.scheduler.waiting or self.adapters.busy or self.grammars.busy:
             timeout = BLOCKED_POLL
         else:
             self._send(idle=True)

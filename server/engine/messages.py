@@ -25,6 +25,7 @@ from lorry.server.params import Dry as Dry
 from lorry.server.params import Mirostat as Mirostat
 from lorry.server.params import SamplingParams as SamplingParams
 from lorry.server.params import StoppingParams as StoppingParams
+from lorry.server.params import StructuredOutput as StructuredOutput
 from lorry.server.params import TokenLogprob as TokenLogprob
 from lorry.server.params import TokenLogprobs as TokenLogprobs
 
@@ -251,6 +252,8 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     histograms: list[Histogram] = []
     adapters_loaded: int = 0
     adapters: AdapterStats | None = None
+    grammar_rows: int = 0  # running sequences whose output is structured
+    grammar_hits: int = 0  # grammars of requests that were compiled already
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

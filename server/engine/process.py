@@ -25,7 +25,7 @@ import torch
 
 from lorry.kernels import native
 from lorry.server.config import EngineConfig, engine_config_from_json
-from lorry.server.engine.build import Types, build_engine, describe, warm_up
+from lorry.server.engine.build import Types, build_engine, describe, grammar_desk, warm_up
 from lorry.server.engine.channel import SocketChannel
 from lorry.server.engine.loop import Engine
 from lorry.server.engine.messages import Loading, LoadingStage, Ready
@@ -110,7 +110,7 @@ def _on_cpu(config: EngineConfig, types: Types, channel: SocketChannel, progress
     progress("warm up", 0, 3)
     native.library()
     progress("warm up", 1, 3)
-    engine = build_engine(config, types, decoder, channel)
+    engine = build_engine(config, types, decoder, channel, grammars=grammar_desk(resolve_model(config.model), decoder))
     progress("warm up", 2, 3)
     warm_up(engine)
     progress("warm up", 3, 3)
@@ -124,7 +124,9 @@ def _on_gpu(config: EngineConfig, types: Types, channel: SocketChannel, progress
     check_fraction(config.gpu_memory_fraction)
     keep_in(cache_root("triton"))
     try:
-        engine = build_engine(config, types, _load(config, types, progress), channel, progress)
+        decoder = _load(config, types, progress)
+        grammars = grammar_desk(resolve_model(config.model), decoder)
+        engine = build_engine(config, types, decoder, channel, progress, grammars)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             f"the GPU's memory does not suffice to start, gpu_memory_fraction may be too high: {error}"

@@ -14,6 +14,7 @@ INTERVAL = 0.25  # seconds between two messages while there is work
 QUEUE_SECONDS = "request_queue_seconds"
 ADAPTER_LOAD_SECONDS = "adapter_load_seconds"
 ADAPTER_COPY_SECONDS = "adapter_copy_seconds"
+GRAMMAR_COMPILE_SECONDS = "grammar_compile_seconds"
 MOST_NAMED = 64  # adapters that requests wait for, told by name
 
 
@@ -32,6 +33,8 @@ class Report:
         self.adapter_host_evictions = 0
         self.adapters_found: Counter[str] = Counter()
         self.adapters = AdapterStats({}, {}, (), 0)  # the gauges of it
+        self.grammar_compile_seconds: list[float] = []
+        self.grammar_hits = 0
         self._preemptions = 0
         self._next = 0.0
         self._last: tuple[object, ...] = ()
@@ -51,15 +54,17 @@ class Report:
             waiting=waiting,
             waiting_for_others=others,
         )
-        gauges = (len(scheduler.running), len(scheduler.waiting), allocator.used, *self.adapter_pages)
+        grammar_rows = sum(sequence.request.grammar is not None for sequence in scheduler.running)
+        gauges = (len(scheduler.running), len(scheduler.waiting), allocator.used, *self.adapter_pages, grammar_rows)
         preemptions = scheduler.preemptions - self._preemptions
         observed = (
             (QUEUE_SECONDS, self.queue_seconds),
             (ADAPTER_LOAD_SECONDS, self.adapter_load_seconds),
             (ADAPTER_COPY_SECONDS, self.adapter_copy_seconds),
+            (GRAMMAR_COMPILE_SECONDS, self.grammar_compile_seconds),
         )
         histograms = [Histogram(name, values) for name, values in observed if values]
-        gained = preemptions or self.adapter_loads or self.adapter_evictions or histograms
+        gained = preemptions or self.adapter_loads or self.adapter_evictions or histograms or self.grammar_hits
         self._next = now + INTERVAL
         if not gained and self._last == (*gauges, self.adapters_loaded, adapters):
             return None
@@ -76,6 +81,8 @@ class Report:
             histograms=histograms,
             adapters_loaded=self.adapters_loaded,
             adapters=adapters,
+            grammar_rows=grammar_rows,
+            grammar_hits=self.grammar_hits,
         )
         empty = msgspec.structs.replace(adapters, found={}, host_evictions=0)
         self._last = (*gauges, self.adapters_loaded, empty)
@@ -83,6 +90,7 @@ class Report:
         self.queue_seconds, self.adapter_load_seconds = [], []
         self.adapter_loads, self.adapter_evictions = Counter(), 0
         self.adapter_copy_seconds, self.adapter_host_evictions, self.adapters_found = [], 0, Counter()
+        self.grammar_compile_seconds, self.grammar_hits = [], 0
         return stats
 
     def _waiting(self) -> tuple[dict[str, int], int]:

@@ -5,11 +5,12 @@
        └────preempt───────┘
 
 Every list is in rank order: protected sequences first, then by priority, then by arrival. A step decodes first, one
-token for each running sequence; what is left of the token budget goes to prompts, in chunks. A decode that finds no
-block takes those of the sequence with the last rank, which is recomputed later. Nobody starves: the first in rank is
-never preempted, a sequence preempted PROTECT_AFTER times ranks before all others, and every OLDEST_EVERY-th admission
-goes to the oldest, whatever its priority. A request whose adapters are not ready is passed over, however many there
-are; whom `ready` lets in while others wait for room is the adapters' business.
+token for each running sequence; what is left of the token budget goes to prompts, in chunks, and to sequences that
+gained several tokens at once. A decode that finds no block takes those of the sequence with the last rank, which is
+recomputed later. Nobody starves: the first in rank is never preempted, a sequence preempted PROTECT_AFTER times ranks
+before all others, and every OLDEST_EVERY-th admission goes to the oldest, whatever its priority. A request whose
+adapters are not ready is passed over, however many there are; whom `ready` lets in while others wait for room is the
+adapters' business.
 
 The sequences of a search are a unit: they decode in the same step or not at all, and are preempted together. They come
 back one after the other, each sharing what those before it have computed, and meanwhile nobody else
@@ -236,7 +237,11 @@ class Scheduler:
     def _decode(self, plan: Plan) -> None:
         for sequence in list(self.running):
             unit = sequence.unit
-            if unit[0] is not sequence or not all(each.decides() for each in unit) or self._over(sequence):
+            if unit[0] is not sequence or self._over(sequence):
+                continue
+            if sequence.gained_several:
+                self._find_blocks(plan, sequence)
+            if not all(each.decides() for each in unit):
                 continue
             pieces, copies = len(plan.pieces), len(plan.copies)
             if not all(self._decode_one(plan, each) for each in unit):
@@ -244,6 +249,13 @@ class Scheduler:
 
     def _decode_one(self, plan: Plan, sequence: Sequence) -> bool:
         """Plan its next token; False when there was no block for it and it was preempted, with its unit."""
+        if not self._find_blocks(plan, sequence):
+            return False
+        plan.pieces.append(Piece(sequence, sequence.computed, sequence.length))
+        return True
+
+    def _find_blocks(self, plan: Plan, sequence: Sequence) -> bool:
+        """Blocks for all its tokens, of the last in rank if none are free; False when it is that itself."""
         start, end = sequence.computed, sequence.length
         while (cost := sequence.table.cost(start, end)) > self.allocator.available:
             self._preempt(self.running[-1])  # of no unit that is planned whole: those rank before this one
@@ -251,7 +263,6 @@ class Scheduler:
                 return False
         if cost > 0:
             plan.copies += sequence.table.prepare(start, end)
-        plan.pieces.append(Piece(sequence, start, end))
         return True
 
     def _over(self, sequence: Sequence) -> bool:

@@ -14,6 +14,7 @@ from lorry.server.engine.messages import AdapterRef, Generate, Timings, TokenLog
 
 if TYPE_CHECKING:
     from lorry.server.decoding.interface import Row
+    from lorry.server.grammars.compiling import Compiled
 
 Combo = tuple[tuple[int, float], ...]  # (slot of a resident adapter, weight) each, in the request's order
 
@@ -56,6 +57,7 @@ class Request:
 
     order: number of the request in this engine, by arrival
     lease: None for the base
+    grammar: of its structured output, held so that it stays compiled
     adapters, namespace: of what the request runs on, with revisions; void before `resolve`. The namespace has no
         adapters where they are not invoked
     wants: ids of its adapters
@@ -66,12 +68,15 @@ class Request:
     observed: tokens of the prompt whose hidden states the strategy has seen; None: it wants none
     """
 
-    def __init__(self, message: Generate, order: int, lease: Lease | None = None) -> None:
+    def __init__(
+        self, message: Generate, order: int, lease: Lease | None = None, grammar: Compiled | None = None
+    ) -> None:
         self.id = message.request_id
         self.message = message
         self.prompt = message.prompt_token_ids
         self.order = order
         self.lease = lease
+        self.grammar = grammar
         self.wants = tuple(ref.id for ref in message.adapters)
         self.adapters: tuple[AdapterRef, ...] = ()
         self.namespace = Namespace()
@@ -194,6 +199,11 @@ class Sequence:
     def answer(self) -> int:
         """The index under which its tokens are told."""
         return self.index if self.request.search is None else 0
+
+    @property
+    def gained_several(self) -> bool:
+        """Whether it runs and gained several tokens at once, whose blocks may be lacking; a prompt has its blocks."""
+        return self.status is Status.RUNNING and bool(self.output) and self.length - self.computed > 1
 
     def decides(self) -> bool:
         """Whether it runs and one token is left to be computed."""

@@ -25,6 +25,7 @@ from lorry.server.frontend.adapters import EngineAdapters
 from lorry.server.frontend.best_of import BestOfHandle
 from lorry.server.frontend.downloads import Downloads
 from lorry.server.frontend.engine_process import COMMAND, EngineFailed, EngineProcess
+from lorry.server.frontend.grammars import GrammarChecks
 from lorry.server.frontend.handle import Handle
 from lorry.server.frontend.interface import Load, RequestHandle, State
 from lorry.server.frontend.latest import Latest
@@ -45,6 +46,7 @@ from lorry.server.frontend.requests import Entry, Requests
 from lorry.server.frontend.sampling_texts import tokenized
 from lorry.server.frontend.stop_strings import StopStrings
 from lorry.server.frontend.tokenizer import Tokenizer
+from lorry.server.grammars.job import Vocabulary
 from lorry.server.observability.engine_stats import record
 from lorry.server.observability.logs import request_id_in_logs
 from lorry.server.observability.metrics import Metrics
@@ -57,12 +59,15 @@ LAST_READ_SECONDS = 1.0  # after a drain's time is over
 
 
 def _load_tokenizer(config: ServerConfig, ready: Ready) -> Tokenizer:
-    folder = ready.model_folder
-    if not folder:
-        from lorry.server.model.store import resolve_model
+    return tokenizers.from_folder(Path(_model_folder(config, ready)))
 
-        folder = str(resolve_model(config.engine.model))
-    return tokenizers.from_folder(Path(folder))
+
+def _model_folder(config: ServerConfig, ready: Ready) -> str:
+    if ready.model_folder:
+        return ready.model_folder
+    from lorry.server.model.store import resolve_model
+
+    return str(resolve_model(config.engine.model))
 
 
 class EngineFrontend:
@@ -101,6 +106,7 @@ class EngineFrontend:
         self._downloads = downloads or Downloads(
             config.engine.adapter_sources, cache_bytes=config.engine.adapter_cache_size
         )
+        self._grammars: GrammarChecks | None = None
         self._adapters = EngineAdapters(self._engine.send, self._check_up, self._fetch_adapter, self._downloads.keep)
         self._requests = Requests(self._engine.send, self._metrics, config.engine.max_waiting, self._check_drained)
         self._start_time = time.time()
@@ -171,6 +177,8 @@ class EngineFrontend:
         if self._drain_timer is not None:
             self._drain_timer.cancel()
         self._downloads.close()
+        if self._grammars is not None:
+            await self._grammars.close()
         self._adapters.close()
         await self._engine.stop(at_once)
 
@@ -247,6 +255,7 @@ class EngineFrontend:
         entry = self._requests.reserve(request.request_id)
         try:
             token_ids = await self._token_ids(request.prompt)
+            await self._check_grammar(request)
             self._check_up()
             handle = self._handle(request, entry, token_ids, score_from)
         except BaseException:
@@ -254,6 +263,22 @@ class EngineFrontend:
             raise
         self._requests.open(entry, handle)
         return handle
+
+    async def _check_grammar(self, request: Request) -> None:
+        wanted = request.sampling.structured_output
+        if wanted is None or not self._require_tokenizer().knows_text:
+            return
+        if self._grammars is None:
+            assert self._ready is not None
+            folder, model = _model_folder(self._config, self._ready), self._ready.model
+            self._grammars = GrammarChecks(
+                Vocabulary(folder=folder, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
+            )
+        try:
+            await self._grammars.check(wanted)
+        except InvalidField:
+            self._metrics.grammars_refused.inc()
+            raise
 
     def _handle(self, request: Request, entry: Entry, token_ids: Sequence[int], score_from: int | None) -> Handle:
         tokenizer, response = self._require_tokenizer(), request.response

@@ -23,6 +23,7 @@ def check_no_text(request: Request) -> None:
     for field, asked in (
         ("stopping.stop", bool(request.stopping.stop)),
         ("response.include_prompt", request.response.include_prompt),
+        ("structured_output", request.sampling.structured_output is not None),
     ):
         if asked:
             raise InvalidField("the model has no tokenizer: only token ids are taken and given", field=field)

@@ -17,6 +17,8 @@ def record(metrics: Metrics, stats: Stats, now: float | None = None) -> None:
     metrics.adapter_pages_used.set(stats.adapter_pages_used)
     metrics.adapter_pages_total.set(stats.adapter_pages_total)
     metrics.preemptions.inc(stats.preemptions)
+    metrics.grammar_rows.set(stats.grammar_rows)
+    metrics.grammar_cache_hits.inc(stats.grammar_hits)
     metrics.adapters_loaded(stats.adapter_loads)
     metrics.adapter_evictions.inc(stats.adapter_evictions)
     metrics.adapter_tier_evictions.labels("device").inc(stats.adapter_evictions)
@@ -25,6 +27,7 @@ def record(metrics: Metrics, stats: Stats, now: float | None = None) -> None:
         "request_queue_seconds": (metrics.request_queue,),
         "adapter_load_seconds": (metrics.adapter_load, metrics.adapter_tier_load.labels("host")),
         "adapter_copy_seconds": (metrics.adapter_tier_load.labels("device"),),
+        "grammar_compile_seconds": (metrics.grammar_compile,),
     }
     for histogram in stats.histograms:
         for target in histograms.get(histogram.name, ()):

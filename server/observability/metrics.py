@@ -19,6 +19,8 @@ TOKEN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.
 """Between two tokens of one sequence: 0.5 ms to 5 s."""
 LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """From an adapter's files to checked tensors in host memory: 5 ms to 1 min."""
+COMPILE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+"""To compile a grammar: 0.5 ms to 5 s."""
 
 FINISH_REASONS = frozenset({"eos", "stop", "length", "time_limit", "aborted", "cancelled", "deadline", "error"})
 LOAD_RESULTS = frozenset({"ok", "error"})
@@ -103,6 +105,21 @@ class Metrics:
         )
         self.preemptions = Counter(
             "lorry_preemptions_total", "Sequences whose blocks were taken away, to be recomputed.", registry=r
+        )
+        self.grammar_compile = Histogram(
+            "lorry_grammar_compile_seconds",
+            "To compile a grammar in the engine, beside its steps.",
+            buckets=COMPILE_BUCKETS,
+            registry=r,
+        )
+        self.grammar_cache_hits = Counter(
+            "lorry_grammar_cache_hits_total", "Requests whose grammar was compiled already.", registry=r
+        )
+        self.grammars_refused = Counter(
+            "lorry_grammars_refused_total", "Requests refused for their grammar.", registry=r
+        )
+        self.grammar_rows = Gauge(
+            "lorry_grammar_rows", "Sequences in the batch whose output is structured.", registry=r
         )
         self.adapter_loads = Counter(
             "lorry_adapter_loads_total",

@@ -24,7 +24,7 @@ from lorry.server.frontend.request import (
     TokenPrompt,
     fresh_request_id,
 )
-from lorry.server.rpc import fields, sampling, strategy
+from lorry.server.rpc import fields, sampling, strategy, structured
 from lorry.server.rpc.fields import refuse
 from lorry.v1 import adapter_pb2, control_pb2, generation_pb2
 
@@ -49,7 +49,11 @@ def generation(spec: generation_pb2.GenerationSpec, present: bool, vocab_size: i
     return Request(
         prompt=_prompt(spec, vocab_size),
         adapters=adapter_refs("spec.adapters", spec.adapters),
-        sampling=msgspec.structs.replace(sampling.params(spec.sampling, vocab_size), search=strategy.search(spec)),
+        sampling=msgspec.structs.replace(
+            sampling.params(spec.sampling, vocab_size),
+            search=strategy.search(spec),
+            structured_output=structured.output(spec),
+        ),
         texts=sampling.texts(spec.sampling),
         stopping=_stopping(spec.stopping, vocab_size),
         response=_response(spec.response),

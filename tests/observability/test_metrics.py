@@ -37,6 +37,10 @@ NAMES = {
     "lorry_adapter_tier_load_seconds": "histogram",
     "lorry_adapter_tier_evictions_total": "counter",
     "lorry_lora_requests_info": "gauge",
+    "lorry_grammar_compile_seconds": "histogram",
+    "lorry_grammar_cache_hits_total": "counter",
+    "lorry_grammars_refused_total": "counter",
+    "lorry_grammar_rows": "gauge",
     "lorry_engine_up": "gauge",
     "lorry_build_info": "gauge",
 }

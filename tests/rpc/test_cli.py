@@ -7,6 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lorry.server.commands import config_options, values
 from lorry.server.config import EngineConfig, ServerConfig
 from lorry.server.engine.messages import AdapterState, Dry, Mirostat
 from lorry.server.frontend.request import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from lorry.server.params import StructuredOutput
 
 runner = CliRunner()
 
@@ -103,6 +105,31 @@ async def test_generate_hands_over_mirostat(answering: Any, address: str) -> Non
     assert answering[0].request.sampling.mirostat == Mirostat(4.0, 0.25)
     assert (await lorry_cli("generate", "-s", address, "--mirostat", "3", "hello")).exit_code == 0
     assert answering[1].request.sampling.mirostat.tau == 3.0
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--json-object"], StructuredOutput("json_object")),
+        (["--json-schema", '{"type": "null"}'], StructuredOutput("json_schema", '{"type": "null"}')),
+        (["--regex", "[a-z]+", "--skip-forced"], StructuredOutput("regex", "[a-z]+", True)),
+        (["--choice", "yes", "--choice", "no"], StructuredOutput("choice", '["yes", "no"]')),
+        (["--grammar", 'start: "a"'], StructuredOutput("grammar", 'start: "a"')),
+    ],
+)
+async def test_generate_structured(answering: Any, address: str, words: list[str], wanted: StructuredOutput) -> None:
+    result = await lorry_cli("generate", "-s", address, *words, "hello")
+    assert result.exit_code == 0, result.output
+    assert answering[0].request.sampling.structured_output == wanted
+
+
+async def test_generate_reads_a_schema_from_a_file(answering: Any, address: str, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text("{}")
+    result = await lorry_cli("generate", "-s", address, "--json-schema", str(tmp_path / "schema.json"), "hello")
+    assert result.exit_code == 0, result.output
+    assert answering[0].request.sampling.structured_output == StructuredOutput("json_schema", "{}")
+    for words in (["--regex", "a", "--choice", "b"], ["--skip-forced"]):
+        assert (await lorry_cli("generate", "-s", address, *words, "hello")).exit_code == 2
 
 
 async def test_generate_chat_reads_stdin(answering: Any, address: str) -> None:

@@ -14,7 +14,7 @@ from google.protobuf.descriptor import Descriptor
 from lorry.server.engine.messages import AdapterRef, Dry, Mirostat
 from lorry.server.errors import InvalidField
 from lorry.server.frontend.request import BestOf, ChatMessage, ChatPrompt, Ranking, TextPrompt, TokenPrompt
-from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping
+from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping, StructuredOutput
 from lorry.server.rpc import convert
 from lorry.v1 import adapter_pb2 as ad
 from lorry.v1 import control_pb2 as ct
@@ -126,6 +126,24 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ("stopping { time_limit { seconds: 1 nanos: 500000000 } }", "stopping.time_limit", 1.5),
     ("stopping { time_limit { seconds: 86400 } }", "stopping.time_limit", 86400.0),
     ("", "stopping.time_limit", None),
+    ("", "sampling.structured_output", None),
+    ('structured_output { json_schema: "{}" }', "sampling.structured_output", StructuredOutput("json_schema", "{}")),
+    ("structured_output { json_object: true }", "sampling.structured_output", StructuredOutput("json_object")),
+    (
+        'structured_output { regex: "a+" skip_forced: true } stopping { min_new_tokens: 1 }',
+        "sampling.structured_output",
+        StructuredOutput("regex", "a+", True),
+    ),
+    (
+        'structured_output { choice { values: ["ä", "b\\""] } }',
+        "sampling.structured_output",
+        StructuredOutput("choice", '["\\u00e4", "b\\""]'),
+    ),
+    (
+        'structured_output { grammar: "start: x" }',
+        "sampling.structured_output",
+        StructuredOutput("grammar", "start: x"),
+    ),
     ("", "response.logprobs", None),
     ("response { logprobs: 0 }", "response.logprobs", 0),
     ("response { logprobs: 20 }", "response.logprobs", 20),

@@ -1,5 +1,5 @@
-"""Imports point one way: kernels ◀ adapters ◀ server (errors, config, params ◀ cache, decoding, model ◀ engine ◀
-frontend ◀ rpc ◀ app ◀ commands ◀ cli), protobuf stays at the edge, and the loop's process knows no network."""
+"""Imports point one way: kernels ◀ adapters ◀ server (errors, config, params ◀ grammars, cache, decoding, model ◀
+engine ◀ frontend ◀ rpc ◀ app ◀ commands ◀ cli), protobuf stays at the edge, and the loop's process knows no network."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ ALLOWED: dict[str, set[str]] = {
     "lorry.server.engine.messages": LEAVES,
     "lorry.server.observability": LEAVES | {"lorry.server.engine.messages"},
     "lorry.server.cache": LEAVES | {"lorry.kernels"},
-    "lorry.server.decoding": LEAVES | {"lorry.kernels"},
+    "lorry.server.grammars": LEAVES,
+    "lorry.server.decoding": LEAVES | {"lorry.kernels", "lorry.server.grammars"},
     "lorry.server.model": LEAVES | ADAPTERS | {"lorry.kernels", "lorry.server.cache"},
     "lorry.server.engine": LEAVES
     | ADAPTERS
     | {
         "lorry.kernels",
         "lorry.server.cache",
+        "lorry.server.grammars",
         "lorry.server.decoding",
         "lorry.server.model",
         "lorry.server.observability",
@@ -47,7 +49,13 @@ ALLOWED: dict[str, set[str]] = {
     },
     "lorry.server.sources": LEAVES | NAMES,
     "lorry.server.frontend": LEAVES
-    | {"lorry.server.engine.messages", "lorry.server.model", "lorry.server.observability", "lorry.server.sources"},
+    | {
+        "lorry.server.engine.messages",
+        "lorry.server.grammars",
+        "lorry.server.model",
+        "lorry.server.observability",
+        "lorry.server.sources",
+    },
     "lorry.server.rpc": LEAVES
     | {"lorry.v1", "lorry.server.frontend", "lorry.server.engine.messages", "lorry.server.observability"},
     "lorry.server.app": LEAVES
@@ -68,6 +76,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "lorry.kernels": NETWORK | {"asyncio", "transformers", "bitsandbytes", "peft", "zmq"},
     "lorry.adapters": NETWORK | {"asyncio", "transformers", "bitsandbytes", "peft", "zmq"},
     "lorry.server.cache": NETWORK | {"asyncio"},
+    "lorry.server.grammars": NETWORK | {"asyncio", "torch", "zmq"},
     "lorry.server.decoding": NETWORK | {"asyncio"},
     "lorry.server.model": NETWORK | {"asyncio", "bitsandbytes", "peft"},
     "lorry.server.engine": NETWORK | {"asyncio", "bitsandbytes", "peft"},
