@@ -3,7 +3,8 @@
     y = (1 + gain) ⊙ y0 + s · Σ_pages (x·Aᵀ)·B + shift
 
 A page is A [16, K] followed by B [16, N], B stored transposed, both rows contiguous; ranks beyond a multiple of 16 are
-zeros. In 8 bits the ranks' scales follow. What PEFT's methods make of their tensors to become this, `methods.py` says.
+zeros. In 8 bits the ranks' scales come first. What PEFT's methods make of their tensors to become this, `methods.py`
+says.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def to_pages(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """[⌈r/16⌉, elements of a page] of `dtype` from A [r, K] and B [N, r].
 
     In 8 bits each rank of A and of B is scaled so that its largest number is the type's. Blocks of 64 instead of whole
-    ranks would take an eighth off the error of int8 and a twentieth off that of e4m3 (examples/adapters).
+    ranks would take 15% off the error of int8 and 4% off that of e4m3 (docs/performance.md).
     """
     rank, in_features = a.shape
     count = page_count(rank)
@@ -117,11 +118,11 @@ def to_pages(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_bytes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes [R, C] of `dtype` and scales, float32 [R], of rows: x ≈ codes · scale, to nearest; a row of zeros has 0."""
+    """Codes [R, C] of `dtype` and scales, float64 [R], of rows: x ≈ codes · scale, to nearest; a row of zeros has 0."""
     x = x.float()
-    scale = x.abs().amax(dim=1) / BYTES[dtype]
-    scaled = x / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    return (scaled.round() if dtype is torch.int8 else scaled).to(dtype), scale
+    largest = x.abs().amax(dim=1)
+    scaled = x / torch.where(largest > 0, largest, 1.0)[:, None] * BYTES[dtype]
+    return (scaled.round() if dtype is torch.int8 else scaled).to(dtype), largest.double() / BYTES[dtype]
 
 
 def pages_are_finite(pages: Tensor, in_features: int, out_features: int) -> bool:

@@ -36,7 +36,7 @@ class AdapterPages:
     """Resident tables, owned and filled by the adapter pool, read by the kernels.
 
     arena: flat bfloat16, float16, float32, or of BYTES; a page is A [16, K] followed by B [16, N] at an element offset,
-    in 8 bits with float32 [16] behind them: scales of the ranks, that of A and that of B in one.
+    in 8 bits behind float32 [16]: scales of the ranks, that of A and that of B in one.
     offsets: int64 [slots, layers, sites, max_pages], element offset of the page or -1; used pages come first, behind
     them the offset of a vector page + VECTORS: float32 [2, N], gain and shift, whatever the arena's dtype.
     scaling: float32 [slots, layers, sites], of the pages, not of the vectors.
@@ -236,16 +236,21 @@ def vectors_at(arena: Tensor, offset: int, size: int) -> Tensor:
 
 def page_elements(in_features: int, out_features: int, dtype: torch.dtype) -> int:
     """Elements of `dtype` of a rank page, in 8 bits its scales included."""
-    scales = PAGE_RANK * torch.float32.itemsize if dtype in BYTES else 0
-    return PAGE_RANK * (in_features + out_features) + scales
+    return _header_elements(dtype) + PAGE_RANK * (in_features + out_features)
 
 
 def page_parts(page: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
     """A [16, K] and B [16, N] as they are stored, and the scales of the ranks, float32 [16]; views but for ones."""
-    middle, end = PAGE_RANK * in_features, PAGE_RANK * (in_features + out_features)
-    a, b = page[:middle].view(PAGE_RANK, in_features), page[middle:end].view(PAGE_RANK, out_features)
-    scales = page[end:].view(torch.float32) if page.dtype in BYTES else torch.ones(PAGE_RANK, device=page.device)
+    start = _header_elements(page.dtype)
+    middle = start + PAGE_RANK * in_features
+    a, b = page[start:middle].view(PAGE_RANK, in_features), page[middle:].view(PAGE_RANK, out_features)
+    scales = page[:start].view(torch.float32) if start else torch.ones(PAGE_RANK, device=page.device)
     return a, b, scales
+
+
+def _header_elements(dtype: torch.dtype) -> int:
+    """Of a page in front of A: the scales of 8 bits."""
+    return PAGE_RANK * torch.float32.itemsize if dtype in BYTES else 0
 
 
 def vector_elements(size: int, dtype: torch.dtype) -> int:
@@ -268,7 +273,7 @@ def lora_add(
     (down,). Rows of no segment and rows whose slots are all -1 stay untouched.
 
     routes: on a GPU, what `fill_routes` made of these segments and pages; None: it is done here. A CPU does not use
-    them. Page offsets must be multiples of 8.
+    them. Page offsets must be multiples of 8, those of pages in 8 bits of 16.
     """
     if dispatch.on_gpu(y):
         from lorry.kernels.triton import lora as gpu

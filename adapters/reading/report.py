@@ -16,10 +16,11 @@ from lorry.adapters.reading.base import BaseWeights
 from lorry.adapters.reading.files import AdapterFiles, Place, read_adapter
 from lorry.adapters.reading.identity import FINGERPRINT_KEY, doubt_without_fingerprint
 from lorry.adapters.reading.probe import Probe, probe
+from lorry.adapters.reading.rounding import Rounding, rounding
 from lorry.adapters.reading.spec import AdapterSpec
 from lorry.adapters.reading.strict_json import parse_object
 from lorry.adapters.reading.targets import targets_of
-from lorry.kernels.lora import END_SITES, SITES
+from lorry.kernels.lora import BYTES, END_SITES, SITES
 
 
 @dataclass
@@ -28,8 +29,8 @@ class Report:
 
     modules: site → changed layers, -1 for the embedding and the head; ranks and scalings: value → linears with factors
     of it; base_named: the config's base_model_name_or_path; fingerprint: that of the adapter's base, base_fingerprint:
-    the served one's, where both were compared; probe: None where no reference is known for its methods. error: why it
-    is refused, with the field, tensor or file at fault.
+    the served one's, where both were compared; probe: None where no reference is known for its methods; rounding: what
+    pages in 8 bits cost. error: why it is refused, with the field, tensor or file at fault.
     """
 
     folder: str
@@ -45,6 +46,7 @@ class Report:
     base_fingerprint: str = ""
     warnings: list[str] = field(default_factory=list)
     probe: Probe | None = None
+    rounding: Rounding | None = None
     error: AdapterError | None = None
 
     @property
@@ -65,7 +67,8 @@ def report_on(
 ) -> Report:
     """Load the folder as a server would and describe what came of it; raises nothing that its content can cause.
 
-    dtype: of the rank pages. fingerprint: of the base, asked for only where an adapter names one.
+    dtype: of the rank pages; where these are of 8 bits the probe is of float32, and beside it stands what 8 bits cost.
+    fingerprint: of the base, asked for only where an adapter names one.
     """
     report = Report(str(place.folder))
     try:
@@ -93,7 +96,11 @@ def report_on(
         report.bytes = adapter.nbytes
         report.pages = sum(linear.pages.shape[0] for linear in adapter.linears.values())
         config = parse_object(bytes(files.config), "", len(files.config))
-        report.probe = probe(adapter, config, [bytes(part.content) for part in files.weights], layout, base)
+        exact = adapter
+        if dtype in BYTES:
+            exact = load_adapter(place, layout, torch.float32, base, lambda warning: None)
+            report.rounding = rounding(exact, adapter, layout)
+        report.probe = probe(exact, config, [bytes(part.content) for part in files.weights], layout, base)
         if report.probe is not None and not report.probe.within:
             raise AdapterError("the served update differs from the reference by more than rounding explains")
     except AdapterError as error:

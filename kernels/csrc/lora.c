@@ -1,6 +1,6 @@
 /* y += sum over adapters of a segment of weight * (gain y + shift) + scale * (sum over their rank pages of (x A^T) B).
  *
- * A page is A [16][K] followed by B [16][N], and of 8-bit numbers by the ranks' scales in float32; a vector page is gain
+ * A page is A [16][K] followed by B [16][N], of 8-bit numbers behind the ranks' scales in float32; a vector page is gain
  * [N] and shift [N] in float32. First all shrink products u = x A^T of the batch, then, after one barrier, all
  * expansions; both are cut so that every core has work when one segment holds all rows. An output's chain runs over
  * vectors, adapters, pages and ranks in their order, so its bits depend on its row only.
@@ -25,7 +25,7 @@ struct page {
     const int64_t *ids; /* [rows], each stands for the vector that is one there and else zero */
     float *u; /* [rows][RANK], scaled */
     float scale;
-    const float *scales; /* of the ranks; NULL: ones */
+    const float *scales; /* of the ranks, of 8-bit numbers */
     int64_t rows;
 };
 
@@ -39,6 +39,8 @@ struct vectors {
 struct target {
     int64_t first_vectors, last_vectors, first, last, row, rows, column, size;
 };
+
+INLINE int64_t header_size(enum elem type) { return elem_size(type) == 1 ? RANK * (int64_t)sizeof(float) : 0; }
 
 INLINE float scale_of(const enum elem type, const struct page *p, int rank) {
     return elem_size(type) == 1 ? p->scale * p->scales[rank] : p->scale;
@@ -269,13 +271,14 @@ static int add(float *y, int64_t ldy, const float *x, int64_t ldx, const int64_t
                             continue;
                         }
                         if (fill) {
-                            pages[page_count] = (struct page){start,
-                                                              elem_at((enum elem)type, start, RANK * k_count),
+                            const void *a = elem_at((enum elem)type, start, header_size((enum elem)type));
+                            pages[page_count] = (struct page){a,
+                                                              elem_at((enum elem)type, a, RANK * k_count),
                                                               x ? x + row * ldx : NULL,
                                                               ids ? ids + row : NULL,
                                                               u + u_count,
                                                               weight * scaling[at],
-                                                              elem_at((enum elem)type, start, RANK * (k_count + size)),
+                                                              start,
                                                               rows};
                             cost += RANK * (k_count + size) / 8 * MAX(rows, 4) / 4;
                         }

@@ -281,10 +281,20 @@ INLINE __m256 widen_bf16(const void *p) {
 INLINE __m256 widen_int8(const void *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
+INLINE __m256 widen_e4m3(const void *p) { /* a float's bits of the number times 2^-120; the product is exact */
+    const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    const __m256i magnitude = _mm256_and_si256(b, _mm256_set1_epi32(0x7f));
+    const __m256i sign = _mm256_slli_epi32(_mm256_xor_si256(b, magnitude), 24);
+    const __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f));
+    const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)), _mm256_set1_ps(0x1p120f));
+    const __m256i bits = _mm256_or_si256(_mm256_castps_si256(value), _mm256_and_si256(nan, _mm256_set1_epi32(0x7fc00000)));
+    return _mm256_castsi256_ps(_mm256_or_si256(bits, sign));
+}
 INLINE vf vf_load_as(enum elem type, const void *p) {
     if (type == F32) return vf_load(p);
     if (type == BF16) return (vf){widen_bf16(p), widen_bf16((const char *)p + 16)};
     if (type == I8) return (vf){widen_int8(p), widen_int8((const char *)p + 8)};
+    if (type == E4M3) return (vf){widen_e4m3(p), widen_e4m3((const char *)p + 8)};
     float wide[LANES];
     for (int i = 0; i < LANES; i++) wide[i] = elem_load(type, p, i);
     return vf_load(wide);

@@ -39,8 +39,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lorry.kernels.lora import BYTES, EMBEDDING, PAGE_RANK, AdapterPages, LoraTerm, Routes, Segments, Site, make_routes
+from lorry.kernels.triton.codes import HEADER, rank_scales, unpacked
 from lorry.kernels.triton.common import FUSION, dot, rounded
-from lorry.kernels.triton.fp8 import e4m3_value
 from lorry.kernels.triton.lora_routes import VECTORS, fill_routes, page_list
 
 RANK = tl.constexpr(PAGE_RANK)
@@ -48,15 +48,6 @@ WARPS, STAGES = 4, 3  # of the stand-alone shrink
 SLICES = tl.constexpr(4)  # of K, summed side by side where tiles have 16 rows; as many in kernels of more warps
 EXPAND_COLUMNS = 128
 VECTOR_COLUMNS = tl.constexpr(32)
-
-
-@triton.jit
-def unpacked(codes, dtype: tl.constexpr):
-    """8-bit numbers in a wider `dtype`, exact; uint8 stands for e4m3."""
-    if codes.dtype == tl.uint8:
-        return e4m3_value(codes.to(tl.int32)).to(dtype)
-    else:
-        return codes.to(tl.float32).to(dtype)
 
 
 @triton.jit
@@ -89,7 +80,10 @@ def shrink_tile(
                 total = tl.zeros((TILE_ROWS, RANK), tl.float32)
             row_mask = row < count
             x_row = x + start.to(tl.int64) * stride_x + (row * stride_x + k)
-            a = arena + tl.multiple_of(offset, 8) + (rank * in_features + k)
+            if arena.dtype.element_ty.primitive_bitwidth == 8:
+                a = arena + (tl.multiple_of(offset, 16) + HEADER) + (rank * in_features + k)
+            else:
+                a = arena + tl.multiple_of(offset, 8) + (rank * in_features + k)
             width = tl.cdiv(tl.cdiv(in_features, SPLITS), STEP) * STEP
             first = split * width
             for at in tl.range(first, tl.minimum(first + width, in_features), STEP, num_stages=STAGES):
@@ -106,6 +100,8 @@ def shrink_tile(
                     total = dot(rows, page_a.T, total)
             if TILE_ROWS == 16:
                 total = tl.sum(total, axis=0)
+            if arena.dtype.element_ty.primitive_bitwidth == 8:
+                total *= rank_scales(arena, offset)[None, :]
             place = (split.to(tl.int64) * capacity + start + local) * (SITES * pages) + site * pages + page
             tl.store(partial + place[:, None] * RANK + ranks[None, :], total, mask=(local < count)[:, None])
 
@@ -133,10 +129,11 @@ def output_vectors(
 
 
 @triton.jit
-def _listed(page_offsets, page_scales, at, inside):
-    """Offset and scale of a page; unlike a hint, a product tells that 8 divides the offset even around a loop."""
+def _listed(page_offsets, page_scales, at, inside, UNIT: tl.constexpr):
+    """Offset and scale of a page; unlike a hint, a product tells that UNIT, 8 or 16, divides the offset even around a
+    loop."""
     offset = tl.load(page_offsets + at, mask=inside, other=0)
-    return offset >> 3, tl.load(page_scales + at, mask=inside, other=0.0)
+    return offset >> (UNIT // 8 + 2), tl.load(page_scales + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -146,16 +143,6 @@ def _hidden(ranks, mask, split_stride, SPLITS: tl.constexpr):
     for split in tl.static_range(1, SPLITS):
         hidden += tl.load(ranks + split * split_stride, mask=mask, other=0.0)
     return hidden
-
-
-@triton.jit
-def _rank_scales(arena, eighth, ranks, size, in_features):
-    """Those of 8-bit pages, of the shape of ranks; else 1."""
-    if arena.dtype.element_ty.primitive_bitwidth == 8:
-        scales = (arena + eighth * 8 + (in_features + size) * RANK).to(tl.pointer_type(tl.float32))
-        return tl.load(scales + ranks)
-    else:
-        return 1.0
 
 
 @triton.jit
@@ -184,19 +171,20 @@ def expand_tile(
     rows: [R] of one segment, R >= 16; columns: [C] of the site, C >= 16; size: N of the site. A segment below 0 adds
     nothing.
     """
+    UNIT: tl.constexpr = 16 if arena.dtype.element_ty.primitive_bitwidth == 8 else 8
+    FRONT: tl.constexpr = HEADER if arena.dtype.element_ty.primitive_bitwidth == 8 else 0
     at = page_list(segment, linear + site, LINEARS, pages)
     count = tl.load(page_offsets + at, mask=segment >= 0, other=0).to(tl.int32)
-    eighth, scale = _listed(page_offsets, page_scales, at + 1, segment >= 0)  # not after count: loads take their time
+    unit, scale = _listed(page_offsets, page_scales, at + 1, segment >= 0, UNIT)  # not after count: loads are slow
     ranks = tl.arange(0, RANK)
     ranks_of = partial + (rows.to(tl.int64)[:, None] * SITES + site) * (pages * RANK) + ranks[None, :]
     split_stride = tl.cast(capacity, tl.int64) * (SITES * pages * RANK)
-    b = arena + in_features * RANK + ranks[:, None] * size + columns[None, :]
+    b = arena + (in_features * RANK + FRONT) + ranks[:, None] * size + columns[None, :]
     for page in tl.range(0, count, num_stages=1):
-        page_b = tl.load(b + eighth * 8, mask=column_mask[None, :], other=0)
-        scales = _rank_scales(arena, eighth, ranks[None, :], size, in_features)
-        hidden = _hidden(ranks_of + page * RANK, row_mask[:, None], split_stride, SPLITS) * (scale * scales)
+        page_b = tl.load(b + unit * UNIT, mask=column_mask[None, :], other=0)
+        hidden = _hidden(ranks_of + page * RANK, row_mask[:, None], split_stride, SPLITS) * scale
         acc = _add_product(acc, hidden, page_b, arena.dtype.element_ty)
-        eighth, scale = _listed(page_offsets, page_scales, at + 2 + page, page + 1 < count)
+        unit, scale = _listed(page_offsets, page_scales, at + 2 + page, page + 1 < count, UNIT)
     return acc
 
 
@@ -207,30 +195,30 @@ def expand_pair(
     LINEARS: tl.constexpr, SITES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """`expand_tile` of sites 0 and 1, both [16, N = size], the loads of both under way at once."""
+    UNIT: tl.constexpr = 16 if arena.dtype.element_ty.primitive_bitwidth == 8 else 8
+    FRONT: tl.constexpr = HEADER if arena.dtype.element_ty.primitive_bitwidth == 8 else 0
     at_0, at_1 = page_list(segment, linear, LINEARS, pages), page_list(segment, linear + 1, LINEARS, pages)
     count_0 = tl.load(page_offsets + at_0, mask=segment >= 0, other=0).to(tl.int32)
     count_1 = tl.load(page_offsets + at_1, mask=segment >= 0, other=0).to(tl.int32)
-    eighth_0, scale_0 = _listed(page_offsets, page_scales, at_0 + 1, segment >= 0)
-    eighth_1, scale_1 = _listed(page_offsets, page_scales, at_1 + 1, segment >= 0)
+    unit_0, scale_0 = _listed(page_offsets, page_scales, at_0 + 1, segment >= 0, UNIT)
+    unit_1, scale_1 = _listed(page_offsets, page_scales, at_1 + 1, segment >= 0, UNIT)
     ranks = tl.arange(0, RANK)
     ranks_0 = partial + rows.to(tl.int64)[:, None] * (SITES * pages * RANK) + ranks[None, :]
     split_stride = tl.cast(capacity, tl.int64) * (SITES * pages * RANK)
-    b = arena + in_features * RANK + ranks[:, None] * size + columns[None, :]
+    b = arena + (in_features * RANK + FRONT) + ranks[:, None] * size + columns[None, :]
     for page in tl.range(0, tl.maximum(count_0, count_1), num_stages=1):
         in_0, in_1 = page < count_0, page < count_1  # the interpreter cannot combine these with a mask
         mask_0, mask_1 = columns < tl.where(in_0, size, 0), columns < tl.where(in_1, size, 0)
-        b_0 = tl.load(b + eighth_0 * 8, mask=(column_mask & mask_0)[None, :], other=0)
-        b_1 = tl.load(b + eighth_1 * 8, mask=(column_mask & mask_1)[None, :], other=0)
+        b_0 = tl.load(b + unit_0 * UNIT, mask=(column_mask & mask_0)[None, :], other=0)
+        b_1 = tl.load(b + unit_1 * UNIT, mask=(column_mask & mask_1)[None, :], other=0)
         page_ranks = ranks_0 + page * RANK
-        scales_0 = scale_0 * _rank_scales(arena, eighth_0, ranks[None, :], size, in_features)
-        scales_1 = scale_1 * _rank_scales(arena, eighth_1, ranks[None, :], size, in_features)
-        hidden_0 = _hidden(page_ranks, row_mask[:, None], split_stride, SPLITS) * scales_0
-        hidden_1 = _hidden(page_ranks + pages * RANK, row_mask[:, None], split_stride, SPLITS) * scales_1
+        hidden_0 = _hidden(page_ranks, row_mask[:, None], split_stride, SPLITS) * scale_0
+        hidden_1 = _hidden(page_ranks + pages * RANK, row_mask[:, None], split_stride, SPLITS) * scale_1
         hidden_0, hidden_1 = tl.where(in_0, hidden_0, 0.0), tl.where(in_1, hidden_1, 0.0)
         acc_0 = _add_product(acc_0, hidden_0, b_0, arena.dtype.element_ty)
         acc_1 = _add_product(acc_1, hidden_1, b_1, arena.dtype.element_ty)
-        eighth_0, scale_0 = _listed(page_offsets, page_scales, at_0 + 2 + page, page + 1 < count_0)
-        eighth_1, scale_1 = _listed(page_offsets, page_scales, at_1 + 2 + page, page + 1 < count_1)
+        unit_0, scale_0 = _listed(page_offsets, page_scales, at_0 + 2 + page, page + 1 < count_0, UNIT)
+        unit_1, scale_1 = _listed(page_offsets, page_scales, at_1 + 2 + page, page + 1 < count_1, UNIT)
     return acc_0, acc_1
 
 
@@ -244,20 +232,21 @@ def expand_row(
 
     GROUP: ranks, a power of two to 16, whose B is held in registers at a time.
     """
+    UNIT: tl.constexpr = 16 if arena.dtype.element_ty.primitive_bitwidth == 8 else 8
+    FRONT: tl.constexpr = HEADER if arena.dtype.element_ty.primitive_bitwidth == 8 else 0
     at = page_list(segment, linear + site, LINEARS, pages)
     count = tl.load(page_offsets + at, mask=segment >= 0, other=0).to(tl.int32)
-    eighth, scale = _listed(page_offsets, page_scales, at + 1, segment >= 0)
+    unit, scale = _listed(page_offsets, page_scales, at + 1, segment >= 0, UNIT)
     ranks_of = partial + (tl.cast(row, tl.int64) * SITES + site) * (pages * RANK)
     split_stride = tl.cast(capacity, tl.int64) * (SITES * pages * RANK)
-    b = arena + in_features * RANK + columns[None, :]
+    b = arena + (in_features * RANK + FRONT) + columns[None, :]
     for page in tl.range(0, count, num_stages=1):
         for first in tl.static_range(0, RANK, GROUP):
             ranks = first + tl.arange(0, GROUP)
-            page_b = tl.load(b + eighth * 8 + ranks[:, None] * size, mask=column_mask[None, :], other=0)
-            scales = scale * _rank_scales(arena, eighth, ranks, size, in_features)
-            hidden = _hidden(ranks_of + page * RANK + ranks, ranks < RANK, split_stride, SPLITS) * scales
+            page_b = tl.load(b + unit * UNIT + ranks[:, None] * size, mask=column_mask[None, :], other=0)
+            hidden = _hidden(ranks_of + page * RANK + ranks, ranks < RANK, split_stride, SPLITS) * scale
             acc += tl.sum(hidden[:, None] * unpacked(page_b, tl.float32), axis=0)
-        eighth, scale = _listed(page_offsets, page_scales, at + 2 + page, page + 1 < count)
+        unit, scale = _listed(page_offsets, page_scales, at + 2 + page, page + 1 < count, UNIT)
     return acc
 
 
@@ -293,9 +282,14 @@ def lora_gather_kernel(
             ranks, local = tl.arange(0, RANK), tl.arange(0, TILE_ROWS)
             row_mask = (local < count)[:, None]
             tokens = tl.load(token_ids + start + local, mask=local < count, other=0)
-            columns = arena + offset + (ranks.to(tl.int64) * in_features)[None, :] + tokens[:, None]
+            a = arena + offset
+            if arena.dtype.element_ty.primitive_bitwidth == 8:
+                a += HEADER
+            columns = a + (ranks.to(tl.int64) * in_features)[None, :] + tokens[:, None]
             place = (start.to(tl.int64) + local) * pages + page
             gathered = unpacked(tl.load(columns, mask=row_mask, other=0), tl.float32)
+            if arena.dtype.element_ty.primitive_bitwidth == 8:
+                gathered *= rank_scales(arena, offset)[None, :]
             tl.store(partial + place[:, None] * RANK + ranks[None, :], gathered, mask=row_mask)
 
 

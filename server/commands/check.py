@@ -24,7 +24,7 @@ def check(
         str, typer.Option("--model", "-m", help="The base: the default's name, a model folder, a .gguf file, a hub id.")
     ] = DEFAULT_MODEL,
     adapter_dtype: Annotated[
-        AdapterDtypeChoice, typer.Option(help="As of lorry serve; the probe tells what 8 bits do to these adapters.")
+        AdapterDtypeChoice, typer.Option(help="As of lorry serve; what 8 bits cost is said too.")
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
@@ -61,6 +61,7 @@ def _lines(name: str, report: Report, model: str) -> Iterator[str]:
         ("size", f"{report.bytes / 1e6:.2f} MB, {report.pages} pages of 16 ranks" if report.bytes else ""),
         ("base", _base(report, model)),
         ("probe", _probe(report)),
+        ("8 bits", _rounding(report)),
         ("revision", report.revision),
     ):
         if text:
@@ -105,3 +106,9 @@ def _probe(report: Report) -> str:
         return "" if report.refused else f"no reference for {', '.join(report.methods)}"
     errors = f"error at most {probe.max_error:.1e}, RMS {probe.rms_error:.1e} of the reference"
     return f"{len(probe.linears)} linears, {errors}"
+
+
+def _rounding(report: Report) -> str:
+    if (cost := report.rounding) is None:
+        return ""
+    return f"updates off by {cost.error:.1e} (RMS, of the update), at most {cost.worst:.1e} in {cost.worst_linear}"

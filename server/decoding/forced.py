@@ -24,32 +24,32 @@ class SkipForced(Strategy):
     """Another strategy, whose continuations are lengthened by what is forced."""
 
     def __init__(self, inner: Strategy, grammar: Grammar) -> None:
-        self._inner = inner
+        self.inner = inner
         self._grammar = grammar
 
     def decide(self, rows: Sequence[Row], logits: Tensor, hidden_states: Tensor | None = None) -> list[Continuation]:
-        return [self._longer(rows[way.parent], way) for way in self._inner.decide(rows, logits, hidden_states)]
+        return [self._longer(rows[way.parent], way) for way in self.inner.decide(rows, logits, hidden_states)]
 
     def can_begin(self, row: Row) -> bool:
-        return self._inner.can_begin(row)
+        return self.inner.can_begin(row)
 
     def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor | None) -> Pending:
-        return self._inner.begin(rows, logits, unread, last)
+        return self.inner.begin(rows, logits, unread, last)
 
     def draft(self, rows: Sequence[Row], limit: int) -> list[tuple[int, ...]]:
-        return self._inner.draft(rows, limit)
+        return self.inner.draft(rows, limit)
 
     def observe(self, key: int, hidden_states: Tensor) -> None:
-        self._inner.observe(key, hidden_states)
+        self.inner.observe(key, hidden_states)
 
     def conclude(self, rows: Sequence[Row]) -> list[Continuation]:
-        return self._inner.conclude(rows)
+        return self.inner.conclude(rows)
 
     def forked(self, parent: int, child: int) -> None:
-        self._inner.forked(parent, child)
+        self.inner.forked(parent, child)
 
     def release(self, key: int) -> None:
-        self._inner.release(key)
+        self.inner.release(key)
 
     def _longer(self, row: Row, way: Continuation) -> Continuation:
         wanted = row.sampling.structured_output

@@ -33,7 +33,7 @@ from lorry.server.engine.messages import (
 from lorry.server.errors import InvalidField
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model
-from lorry.server.params import StructuredOutput
+from lorry.server.params import BeamSearch, ContrastiveSearch, StructuredOutput
 
 VOCAB, EOS = 49_152, 2
 SHAPE = {
@@ -323,3 +323,28 @@ def test_the_operator_sees_grammars(engine_of: Build) -> None:
     assert any(each.grammar_rows == 1 for each in stats)
     assert any(h.name == "grammar_compile_seconds" for each in stats for h in each.histograms)
     engine.run()
+
+
+@pytest.mark.parametrize(
+    "search", [BeamSearch(4), BeamSearch(4, groups=2, diversity_penalty=0.5), ContrastiveSearch(4, 0.5)]
+)
+@pytest.mark.parametrize("wanted", [DATE, StructuredOutput("choice", '["yes", "no", "perhaps not"]')], ids=str)
+def test_searches_stay_within_a_grammar(
+    engine_of: Build, tokenizer: Tokenizer, search: BeamSearch | ContrastiveSearch, wanted: StructuredOutput
+) -> None:
+    message = Generate(
+        "s",
+        tokenizer.encode("When was it?").ids,
+        SamplingParams(
+            temperature=0.0, n=2 if isinstance(search, BeamSearch) else 1, search=search, structured_output=wanted
+        ),
+        StoppingParams(40),
+    )
+    answer = engine_of().generate(message)[0]
+    assert answer.error is None, answer.error
+    texts = []
+    for completion in answer.completions.values():
+        assert completion.finish is FinishReason.EOS
+        texts.append(tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+    pattern = wanted.text if wanted.kind == "regex" else "|".join(json.loads(wanted.text))
+    assert all(re.fullmatch(pattern, text) for text in texts), texts

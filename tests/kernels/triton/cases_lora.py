@@ -34,12 +34,17 @@ def term(rows: int, sizes: dict[str, int], in_features: int, dtype: torch.dtype 
     return LoraTerm(make_routes(rows, rows, 1, adapters, WIDTHS), adapters, 3, sites, in_features)
 
 
+def computing(dtype: torch.dtype) -> torch.dtype:
+    """Of x, where that of the pages is no number's."""
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
+
+
 def shrink(rows: int, dtype: torch.dtype) -> None:
-    lora_shrink(torch.empty(rows, 4096, dtype=dtype), term(rows, SIZES, 4096, dtype))
+    lora_shrink(torch.empty(rows, 4096, dtype=computing(dtype)), term(rows, SIZES, 4096, dtype))
 
 
 def expand(rows: int, dtype: torch.dtype) -> None:
-    lora_expand(torch.empty(rows, sum(SIZES.values()), dtype=dtype), term(rows, SIZES, 4096, dtype))
+    lora_expand(torch.empty(rows, sum(SIZES.values()), dtype=computing(dtype)), term(rows, SIZES, 4096, dtype))
 
 
 def end(rows: int, site: int, in_features: int, out_features: int) -> LoraTerm:
@@ -64,14 +69,14 @@ def fill(rows: int) -> None:
     fill_routes(make_routes(rows, rows, 1, adapters, WIDTHS), segments, adapters, rows)
 
 
-def norm(rows: int) -> None:
+def norm(rows: int, dtype: torch.dtype = torch.bfloat16) -> None:
     x, weight = torch.empty(rows, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
-    rms_norm(x, weight, 1e-5, x, term(rows, {"down_proj": 4096}, 14336))
+    rms_norm(x, weight, 1e-5, x, term(rows, {"down_proj": 4096}, 14336, dtype))
 
 
-def gated(rows: int) -> None:
+def gated(rows: int, dtype: torch.dtype = torch.bfloat16) -> None:
     gate_up = torch.empty(rows, 2 * 14336, dtype=torch.bfloat16)
-    silu_mul(gate_up, term(rows, {"gate_proj": 14336, "up_proj": 14336}, 4096))
+    silu_mul(gate_up, term(rows, {"gate_proj": 14336, "up_proj": 14336}, 4096, dtype))
 
 
 CASES = {
@@ -82,9 +87,11 @@ CASES = {
     "lora expand float32": partial(expand, 64, torch.float32),
     "rms_norm residual lora": partial(norm, 64),
     "silu_mul lora": partial(gated, 64),
+    "rms_norm residual lora int8": partial(norm, 64, torch.int8),
+    "silu_mul lora int8": partial(gated, 64, torch.int8),
 } | {
     f"lora {what.__name__} {dtype} {rows}": partial(what, rows, dtype)
     for what in (shrink, expand)
-    for dtype in (torch.bfloat16, torch.float16)
+    for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
     for rows in (64, 4096)
 }

@@ -399,6 +399,26 @@ def test_assembly(assembled: Callable[[str, int], list[Any]], dtype: str, archit
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("dtype", ["torch.int8", "torch.float8_e4m3fn"])
+def test_assembly_of_8_bits(assembled: Callable[[str, int], list[Any]], dtype: str, architecture: int) -> None:
+    """A goes to shared memory 16 bytes at a time; as many programs to a multiprocessor as in 16 bits."""
+    for rows in (64, 4096):
+        (shrink,) = assembled(f"lora shrink {dtype} {rows}", architecture)
+        (expand,) = assembled(f"lora expand {dtype} {rows}", architecture)
+        for kernel in (shrink, expand):
+            assert kernel.spills == 0
+            assert kernel.registers <= 168
+            assert kernel.count("HGMMA" if architecture == 90 and rows > 64 else "HMMA", "loop") > 0
+            assert kernel.count("LDG.E.U8") == kernel.count("LDG.E.U16") == 0
+        assert shrink.count("LDGSTS") == shrink.count("LDGSTS.E.BYPASS.128") > 0
+    for case in ("rms_norm residual lora int8", "silu_mul lora int8"):
+        (kernel,) = assembled(case, architecture)
+        assert kernel.spills == 0
+        assert kernel.registers <= 168
+        assert kernel.count("LDG.E.U8") == kernel.count("LDG.E.U16") == 0
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(
     "case", ["lora fill", "lora shrink float32", "lora expand float32", "lora gather", "lora head"]
 )
