@@ -5,8 +5,8 @@ A folder that holds an adapter is read as ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from steps.sizes import rank_of
@@ -15,7 +15,6 @@ from torch import Tensor
 from lorry.adapters import loader
 from lorry.adapters.canonical import CanonicalAdapter, CanonicalLinear, page_count
 from lorry.adapters.layout import ModelLayout
-from lorry.adapters.reading.base import BaseWeights
 from lorry.adapters.reading.files import Place
 from lorry.adapters.reading.spec import CONFIG_NAME
 from lorry.kernels.lora import PAGE_RANK, SITES
@@ -45,16 +44,9 @@ class RandomAdapters:
     def remove(self) -> None:
         loader.load_adapter = self._read
 
-    def _load(
-        self,
-        place: Place,
-        layout: ModelLayout,
-        dtype: torch.dtype,
-        base: BaseWeights,
-        warn: Callable[[str], object] = str,
-    ) -> CanonicalAdapter:
+    def _load(self, place: Place, layout: ModelLayout, dtype: torch.dtype, *others: Any) -> CanonicalAdapter:
         if (place.folder / CONFIG_NAME).exists():
-            return self._read(place, layout, dtype, base, warn)
+            return self._read(place, layout, dtype, *others)
         return self.make(place.folder.name, layout, dtype)
 
     def make(self, adapter: str, layout: ModelLayout, dtype: torch.dtype) -> CanonicalAdapter:

@@ -51,7 +51,6 @@ class Session:
         self._calls = itertools.count()
         self._reduced = _reduced_precision(False)  # as the engine's process does
         self.adapters = RandomAdapters()
-        self.adapters.install()
         config = self._config()
         types = Types.choose(config)
         if self.stage.dry:
@@ -66,7 +65,12 @@ class Session:
             console.print(f"recording {len(self.buckets)} graphs")
             self.record(self.buckets)
             self._texts()
-        self._pin(self.sizes.adapters)
+        self.adapters.install()
+        try:
+            self._pin(self.sizes.adapters)
+        except BaseException:
+            self.adapters.remove()
+            raise
         gc.collect()
         gc.freeze()  # as the engine's process does
 

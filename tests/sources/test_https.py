@@ -155,6 +155,7 @@ def test_a_server_that_cannot_go_on_begins_again(site: Any, job: Any, tmp_path: 
         if not cut:
             cut.append(offset)
             handler.answer(200, WEIGHTS[:100_001], len(WEIGHTS), ETag='"one"')
+            time.sleep(0.1)  # what was sent is read before the end of the connection is noticed
             handler.close_connection = True
             return True
         return False
