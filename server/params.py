@@ -11,6 +11,9 @@ from typing import Literal
 import msgspec
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+Proposer = Literal["prompt_lookup", "draft_model"]
+
+MOST_DRAFT_TOKENS = 32
 
 
 class StructuredOutput(msgspec.Struct, frozen=True):
@@ -94,6 +97,14 @@ class ContrastiveSearch(msgspec.Struct, frozen=True, tag="contrastive"):
 Search = BeamSearch | ContrastiveSearch
 
 
+class Speculation(msgspec.Struct, frozen=True):
+    """Tokens proposed ahead and checked together; see `decoding/speculation/`."""
+
+    proposer: Proposer
+    max_draft_tokens: int = 8  # 1 to MOST_DRAFT_TOKENS
+    adaptive: bool = True  # fewer or none while they do not pay
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """How the next token is chosen. The defaults switch every part off but plain sampling."""
 
@@ -118,6 +129,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
     n: int = 1
     search: Search | None = None  # in place of sampling; its sequences are decided together
+    speculation: Speculation | None = None  # changes no token
 
 
 class StoppingParams(msgspec.Struct, frozen=True):

@@ -171,7 +171,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("given", [b"not json", b'{"max_running": "many"}'])
+@pytest.mark.parametrize("given", [b"not json", b'{"max_running": "many"}', b'{"draft_tokens": 0}'])
 def test_a_bad_configuration_is_refused(frontend: Frontend, given: bytes) -> None:
     done = subprocess.run([*COMMAND, frontend.address], input=given, capture_output=True, timeout=PATIENCE)
     assert done.returncode == EXIT_REFUSED

@@ -18,7 +18,7 @@ import lorry
 from lorry.server import errors
 from lorry.server.cli import app
 from lorry.server.commands import config_options, values
-from lorry.server.config import EngineConfig, ServerConfig
+from lorry.server.config import EngineConfig, ServerConfig, engine_config_from_json, to_json
 from lorry.server.engine.messages import AdapterState, Dry, Mirostat
 from lorry.server.frontend.request import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 from lorry.server.params import StructuredOutput
@@ -267,7 +267,7 @@ def test_serve_has_an_option_for_every_setting(monkeypatch: pytest.MonkeyPatch) 
     assert {parameter.name for parameter in config_options.parameters()} == names - {"engine"}
     arguments = (
         "serve --model m --adapters d --adapter-root x --adapter-root y --kv-memory 3MiB --adapter-memory 5MiB "
-        "--adapter-source hf://org "
+        "--adapter-source hf://org --speculation prompt-lookup --draft-model s --draft-tokens 5 "
         "--metrics-port 0 --threads 2 --dtype bfloat16 --log-format json --drain-timeout 1.5"
     )
     assert runner.invoke(app, arguments.split()).exit_code == 0
@@ -280,8 +280,35 @@ def test_serve_has_an_option_for_every_setting(monkeypatch: pytest.MonkeyPatch) 
         adapter_memory=5 << 20,
         threads=2,
         dtype="bfloat16",
+        speculation="prompt-lookup",
+        draft_model="s",
+        draft_tokens=5,
     )
     assert built.pop() == ServerConfig(engine=engine, metrics_port=0, log_format="json", drain_timeout=1.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("--draft-tokens 0", "--draft-tokens"),
+        ("--draft-tokens 33", "--draft-tokens"),
+        ("--draft-model=", "--draft-model"),
+        ("--speculation draft-model", "--speculation"),
+        ("--speculation ngram", "--speculation"),
+    ],
+)
+def test_serve_refuses_speculation_that_cannot_be(words: str, option: str) -> None:
+    done = runner.invoke(app, ["serve", *words.split()])
+    assert done.exit_code == 2 and option in done.output
+
+
+def test_the_engine_is_told_of_speculation_and_checks_it() -> None:
+    config = EngineConfig(speculation="draft-model", draft_model="small", draft_tokens=32)
+    assert engine_config_from_json(to_json(config)) == config
+    with pytest.raises(errors.InvalidField, match="draft_tokens is 33, 1 to 32"):
+        engine_config_from_json(b'{"draft_tokens": 33}')
+    with pytest.raises(errors.InvalidField, match="draft_model names none"):
+        engine_config_from_json(b'{"speculation": "draft-model"}')
 
 
 def test_serve_refuses_a_wrong_source() -> None:
