@@ -79,6 +79,13 @@ class EngineConfig:
     """Replay recorded launches when only decoding on a GPU; off: launch each kernel, to debug."""
     threads: int | None = None
     """Threads that compute on the CPU; None: one for each physical core."""
+    speculation: Literal["off", "prompt-lookup", "draft-model"] = "off"
+    """What proposes tokens to check several in a step, for requests that do not say; the answers are the same, sooner
+    (docs/decoding-speculation.md)."""
+    draft_model: str | None = None
+    """A small model of the same vocabulary, named as `model` is, that may propose tokens."""
+    draft_tokens: int = 8
+    """Most tokens that are proposed at once, for requests that do not say."""
     seed: int = 0
     """Seed of whatever is random in the engine beside the requests, which bring their own."""
     debug_checks: bool = False

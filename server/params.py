@@ -38,6 +38,14 @@ class Dry(msgspec.Struct, frozen=True):
     range: int = 0  # how many of the newest tokens are looked at; 0: all
 
 
+class Speculation(msgspec.Struct, frozen=True):
+    """Tokens proposed ahead and checked together; see `decoding/speculation/`."""
+
+    proposer: Literal["prompt_lookup", "draft_model"]
+    max_draft_tokens: int = 8
+    adaptive: bool = True  # fewer or none while they do not pay
+
+
 class EarlyStopping(enum.IntEnum):
     """When a beam search ends, once it holds `width` finished answers; the values equal `lorry.v1.EarlyStopping`."""
 
@@ -118,6 +126,15 @@ class SamplingParams(msgspec.Struct, frozen=True):
     seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
     n: int = 1
     search: Search | None = None  # in place of sampling; its sequences are decided together
+    speculation: Speculation | None = None
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens are proposed: not where rows are decided together, where a cut depends on the token before,
+        nor where forced tokens are appended without being run."""
+        drawn_apart = self.search is None and (self.mirostat is None or self.temperature == 0.0)
+        skips = self.structured_output is not None and self.structured_output.skip_forced
+        return self.speculation is not None and drawn_apart and not skips
 
 
 class StoppingParams(msgspec.Struct, frozen=True):
