@@ -20,7 +20,7 @@ demo: $(VENV)/.runtime ## Serve the default model and show one question answered
 	$(BIN)/lorry demo
 
 test: $(VENV)/.dev ## All tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-gpu: $(VENV)/.dev ## The tests of the Triton kernels, adapters and engine on this machine's GPU
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu needs an NVIDIA GPU")'

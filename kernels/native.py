@@ -1,8 +1,9 @@
 """Compiles, caches and binds the CPU kernels of csrc/ at first use.
 
 The C compiler of the machine builds for the machine's own processor; the result lies in the user's cache directory
-under a digest of sources, flags, compiler and processor, written aside and renamed when whole. Torch is imported
-first, so its OpenMP runtime is the one that the library binds to, and `torch.set_num_threads` governs both.
+under a digest of sources, flags, compiler and processor, written aside and renamed when whole, by one process
+however many ask for it. Torch is imported first, so its OpenMP runtime is the one that the library binds to, and
+`torch.set_num_threads` governs both.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("cc", "gcc", "clang")
@@ -143,7 +145,12 @@ def build(extra_flags: tuple[str, ...] = (), folder: Path | None = None) -> Path
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as aside:
+        with (
+            FileLock(folder / f"{target.stem}.lock"),
+            tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as aside,
+        ):
+            if target.exists():  # another process has built it
+                return target
             whole = _compile(compiler, flags, [path for path in sources if path.suffix == ".c"], Path(aside))
             whole.replace(target)
     except OSError as error:

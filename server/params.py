@@ -131,6 +131,14 @@ class SamplingParams(msgspec.Struct, frozen=True):
     search: Search | None = None  # in place of sampling; its sequences are decided together
     speculation: Speculation | None = None  # changes no token
 
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens are proposed: not where rows are decided together, where a cut depends on the token before,
+        nor where forced tokens are appended without being run."""
+        drawn_apart = self.search is None and (self.mirostat is None or self.temperature == 0.0)
+        skips = self.structured_output is not None and self.structured_output.skip_forced
+        return self.speculation is not None and drawn_apart and not skips
+
 
 class StoppingParams(msgspec.Struct, frozen=True):
     """When a sequence ends; stop strings are the frontend's business and end in `Abort`."""

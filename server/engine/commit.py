@@ -41,6 +41,14 @@ class Flight:
         return self.pending is None and bool(self.batch.deciding or self.batch.scored or self.batch.observed)
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a sequence's logits are, and the draft that they are of."""
+
+    rows: range
+    draft: tuple[int, ...]
+
+
 class Committer:
     """Applies what the strategy decides; everything that leaves goes to `outbox`."""
 
@@ -64,7 +72,9 @@ class Committer:
         None: `commit` has to decide, since a row of the step forks or the strategy wants to see its logits.
         """
         sequences = [piece.sequence for piece in batch.deciding]
-        if not sequences or batch.scored or batch.observed or not all(map(self._can_begin, sequences)):
+        if not sequences or batch.scored or batch.observed or batch.decided > len(sequences):
+            return None
+        if not all(map(self._can_begin, sequences)):
             return None
         rows = [sequence.row for sequence in sequences if sequence.row is not None]
         pending = self.strategy.begin(rows, output.logits, [sequence.unread for sequence in sequences], output.last)
@@ -100,13 +110,16 @@ class Committer:
         for observed in batch.observed:
             self._observe(observed, output)
         sequences: list[Sequence] = []
-        sources: list[int] = []  # of each sequence, the row of logits
-        for row, piece in enumerate(batch.deciding):
+        sources: list[Source] = []  # of each sequence
+        first = 0
+        for piece in batch.deciding:
+            source = Source(range(first, first + piece.decided), piece.draft)
+            first += piece.decided
             if piece.sequence.status is Status.FINISHED:  # while the step ran
                 continue
             born = self._born(piece.sequence, now)
             sequences += born
-            sources += [row] * len(born)
+            sources += [source] * len(born)
         if not sequences:
             return
         continuations = self._decide(sequences, sources, output)
@@ -209,14 +222,15 @@ class Committer:
         self._take_place(sequence)
         return [sequence, *(self._fork(sequence, index) for index in others)]
 
-    def _decide(self, sequences: list[Sequence], sources: list[int], output: Output) -> list[Continuation]:
+    def _decide(self, sequences: list[Sequence], sources: list[Source], output: Output) -> list[Continuation]:
         """Ask the strategy; when it fails, for each row or search alone, and end the requests that fail again."""
-        rows = [sequence.row for sequence in sequences if sequence.row is not None]
+        rows = [_with_draft(sequence.row, source) for sequence, source in zip(sequences, sources, strict=True)]
         logits, hidden = output.logits, output.hidden
-        if sources != list(range(logits.shape[0])):  # forks: several rows have the same logits
-            logits = logits[sources]
+        places = [place for source in sources for place in source.rows]
+        if places != list(range(logits.shape[0])):  # forks: several rows have the same logits
+            logits = logits[places]
         try:
-            return self.strategy.decide(rows, logits, hidden[sources] if any(map(observes, rows)) else None)
+            return self.strategy.decide(rows, logits, hidden[places] if any(map(observes, rows)) else None)
         except LorryError as error:
             log.warning("%d rows cannot be decided together, trying them one by one: %s", len(rows), error)
         except Exception:
@@ -226,7 +240,7 @@ class Committer:
             places = list(members)
             if sequences[places[0]].status is Status.FINISHED:  # with another row of its request
                 continue
-            first, last = sources[places[0]], sources[places[-1]] + 1  # the rows of a search are adjacent
+            first, last = sources[places[0]].rows.start, sources[places[-1]].rows.stop  # a search's are adjacent
             try:
                 ((_, own),) = self.runner.logits(output, range(first, last))
                 decided = self.strategy.decide([rows[place] for place in places], own, hidden[first:last])
@@ -264,7 +278,8 @@ class Committer:
         sequence.output += way.token_ids
         if way.logprobs is not None:
             sequence.logprobs += way.logprobs
-        self._show(sequence, len(sequence.output) - way.held, now)
+        if not self._show(sequence, len(sequence.output) - way.held, now) and way.accepted is not None:
+            self.scheduler.accepted(sequence, way.accepted)
 
     def _show(self, sequence: Sequence, end: int, now: float) -> bool:
         """Show the output before `end`; the first token of it that ends the sequence is the last. Whether one did."""
@@ -362,6 +377,11 @@ class Committer:
         if sequence.status is not Status.FINISHED:
             self.scheduler.finish(sequence)
             self.strategy.release(sequence.key)
+
+
+def _with_draft(row: Row | None, source: Source) -> Row:
+    assert row is not None, "a sequence that decides has its row"
+    return replace(row, draft_token_ids=source.draft) if source.draft else row
 
 
 def _decided_with(row: Row) -> tuple[bool, int]:

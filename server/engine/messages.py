@@ -255,8 +255,8 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     adapters: AdapterStats | None = None
     grammar_rows: int = 0  # running sequences whose output is structured
     grammar_hits: int = 0  # grammars of requests that were compiled already
-    drafted: dict[str, int] = {}  # tokens proposed, by `Speculation.proposer`
-    accepted: dict[str, int] = {}  # those of them that came
+    drafted: dict[str, int] = {}  # tokens that were proposed, by proposer
+    accepted: dict[str, int] = {}  # of these, those that were right
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

@@ -12,11 +12,29 @@ from lorry.server.errors import LorryError
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Run tokens [start, end) of a sequence; the blocks for them are there."""
+    """Run tokens [start, end) of a sequence, and a draft behind them, whose blocks are there.
+
+    A draft model runs only the draft's last token: it begins behind the end.
+    """
 
     sequence: Sequence
     start: int
     end: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def stop(self) -> int:
+        """The end of what is run, the draft included."""
+        return self.end + len(self.draft)
+
+    @property
+    def decided(self) -> int:
+        """Rows of logits that are decided on, those of its last tokens; for a piece at the end of its sequence."""
+        return min(self.stop - self.start, 1 + len(self.draft))
+
+    def tokens(self) -> list[int]:
+        """Ids of what is run, without an unread token."""
+        return [*self.sequence.tokens(self.start, self.end), *self.draft[max(0, self.start - self.end) :]]
 
 
 @dataclass(slots=True)

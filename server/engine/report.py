@@ -35,7 +35,7 @@ class Report:
         self.adapters = AdapterStats({}, {}, (), 0)  # the gauges of it
         self.grammar_compile_seconds: list[float] = []
         self.grammar_hits = 0
-        self.drafted: Counter[str] = Counter()  # tokens, by proposer
+        self.drafted: Counter[str] = Counter()  # tokens by proposer
         self.accepted: Counter[str] = Counter()
         self._preemptions = 0
         self._next = 0.0
@@ -66,8 +66,8 @@ class Report:
             (GRAMMAR_COMPILE_SECONDS, self.grammar_compile_seconds),
         )
         histograms = [Histogram(name, values) for name, values in observed if values]
-        counted = self.adapter_loads or self.adapter_evictions or self.grammar_hits or self.drafted
-        gained = preemptions or counted or histograms
+        counted = (preemptions, self.adapter_loads, self.adapter_evictions, self.grammar_hits, self.drafted)
+        gained = histograms or any(counted)
         self._next = now + INTERVAL
         if not gained and self._last == (*gauges, self.adapters_loaded, adapters):
             return None

@@ -20,9 +20,9 @@ is admitted; so at most one unit is partly in, and one that is alone always fits
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
 
@@ -178,6 +178,7 @@ class Scheduler:
         child.output = list(parent.output)
         child.logprobs = list(parent.logprobs)
         child.computed, child.registered, child.node = parent.computed, parent.registered, parent.node
+        child.drafted = parent.drafted
         child.shown, child.preemptions, child.status = parent.shown, parent.preemptions, Status.RUNNING
         assert parent.unread == 0, "a fork shares tokens that are known"
         parent.request.sequences.append(child)
@@ -208,10 +209,15 @@ class Scheduler:
 
     # ---------------------------------------------------------------- a step
 
-    def plan(self, now: float) -> Plan:
-        """Choose the pieces of the next step and take the blocks that they write."""
+    def plan(self, now: float, drafts: Mapping[int, tuple[int, ...]] | None = None) -> Plan:
+        """Choose the pieces of the next step and take the blocks that they write.
+
+        drafts: by the sequence's key, what to run behind a token that decodes, if there is room
+        """
         plan = Plan()
         self._decode(plan)
+        if drafts:
+            self._draft(plan, drafts)
         self._prefill(plan, now)
         plan.sort()
         return plan
@@ -225,10 +231,18 @@ class Scheduler:
 
         Since the launch its sequence may have ended, or have lost its blocks and begun again.
         """
-        sequence = piece.sequence
-        if sequence.status is not Status.RUNNING:
-            return
-        while (end := (sequence.registered + 1) * BLOCK_SIZE) <= min(piece.end, sequence.computed):
+        if piece.sequence.status is Status.RUNNING:
+            self._register(piece.sequence, min(piece.end, piece.sequence.computed))
+
+    def accepted(self, sequence: Sequence, count: int) -> None:
+        """The first `count` tokens of a draft that has been run are the sequence's now; what was computed of the others
+        is void."""
+        sequence.computed += count
+        sequence.drafted = min(sequence.drafted, sequence.computed)
+        self._register(sequence, sequence.computed)
+
+    def _register(self, sequence: Sequence, computed: int) -> None:
+        while (end := (sequence.registered + 1) * BLOCK_SIZE) <= computed:
             block = sequence.table.blocks[sequence.registered]
             parent = sequence.request.namespace.before(sequence.registered, sequence.node)
             sequence.node = self.index.insert(parent, sequence.tokens(end - BLOCK_SIZE, end), block)
@@ -265,6 +279,20 @@ class Scheduler:
             plan.copies += sequence.table.prepare(start, end)
         return True
 
+    def _draft(self, plan: Plan, drafts: Mapping[int, tuple[int, ...]]) -> None:
+        """Lengthen the pieces that decode, with blocks that nobody else needs."""
+        left = self.limits.token_budget - len(plan.pieces)
+        for place, piece in enumerate(plan.pieces):
+            table = piece.sequence.table
+            room = min(left, self.limits.context_length - 1 - piece.end)
+            draft = drafts.get(piece.sequence.key, ())[: max(0, room)]
+            if draft and table.cost(piece.start, piece.end + len(draft)) > self.allocator.available:
+                draft = draft[: len(table.blocks) * BLOCK_SIZE - piece.end]
+            if draft:
+                plan.copies += table.prepare(piece.start, piece.end + len(draft))
+                plan.pieces[place] = replace(piece, draft=draft)
+                left -= len(draft)
+
     def _over(self, sequence: Sequence) -> bool:
         """Whether its unread token will be its last, whatever it is."""
         most = sequence.request.message.stopping.max_new_tokens
@@ -273,7 +301,7 @@ class Scheduler:
         )
 
     def _prefill(self, plan: Plan, now: float) -> None:
-        left = max(self.limits.token_budget - len(plan.pieces), BLOCK_SIZE)
+        left = max(self.limits.token_budget - sum(piece.stop - piece.start for piece in plan.pieces), BLOCK_SIZE)
         chunks: list[tuple[Sequence, int]] = []
         started = (s for s in list(self.running) if s.length - s.computed > 1)
         for sequence in chain(started, self._admit(plan, now)):
@@ -409,6 +437,7 @@ class Scheduler:
             else:
                 self.waiting.remove(each)
             each.computed, each.registered, each.node = 0, 0, each.request.namespace
+            each.drafted = 0
             each.preemptions += 1
         for each in unit:
             insort(self.waiting, each, key=_rank)

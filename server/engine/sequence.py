@@ -134,6 +134,7 @@ class Sequence:
     """One stream of tokens: the request's prompt and an output that grows.
 
     computed: tokens whose keys and values are in `table`'s blocks. A sequence that decodes has all but one computed
+    drafted: tokens whose keys and values of the draft model are there
     registered, node: full blocks that the prefix index knows of this sequence, and the node after the last of them
     shown: tokens of the output that were sent; held ones come later
     unread: tokens behind the output that the device has chosen and the engine has not read yet: 0, 1, or, between the
@@ -143,6 +144,7 @@ class Sequence:
 
     __slots__ = (
         "computed",
+        "drafted",
         "index",
         "key",
         "logprobs",
@@ -167,6 +169,7 @@ class Sequence:
         self.output: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.computed = 0
+        self.drafted = 0
         self.registered = 0
         self.node: Node = request.namespace
         self.status = Status.WAITING

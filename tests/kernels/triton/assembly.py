@@ -136,26 +136,25 @@ def _opcodes(sass: str) -> tuple[dict[str, int], dict[str, int]]:
     return dict(Counter(names)), dict(Counter(names[first:last]))
 
 
-def main(case_modules: list[str], output: str) -> None:
-    """Compile the CASES (name → function that launches) of the modules for all ARCHITECTURES; write JSON.
+def main(output: str, name_of_module: str) -> None:
+    """Compile the CASES (name → function that launches) of the module for all ARCHITECTURES; write JSON.
 
-    A module's ONLY_FOR says which cases are for which architectures alone.
+    Its ONLY_FOR says which cases are for which architectures alone.
     """
     import importlib
 
     sys.path.insert(0, str(Path(__file__).parent))
+    module = importlib.import_module(name_of_module)
+    cases: dict[str, Callable[[], object]] = module.CASES
+    only_for: dict[str, tuple[int, ...]] = getattr(module, "ONLY_FOR", {})
     results: dict[str, list[dict[str, Any]]] = {}
-    for name_of_module in case_modules:
-        module = importlib.import_module(name_of_module)
-        cases: dict[str, Callable[[], object]] = module.CASES
-        only_for: dict[str, tuple[int, ...]] = getattr(module, "ONLY_FOR", {})
-        for name, launch in cases.items():
-            for architecture in only_for.get(name, ARCHITECTURES):
-                with compiling(architecture) as kernels:
-                    launch()
-                results.setdefault(f"{name}@{architecture}", []).extend(asdict(kernel) for kernel in kernels)
+    for name, launch in cases.items():
+        for architecture in only_for.get(name, ARCHITECTURES):
+            with compiling(architecture) as kernels:
+                launch()
+            results.setdefault(f"{name}@{architecture}", []).extend(asdict(kernel) for kernel in kernels)
     Path(output).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[2:], sys.argv[1])
+    main(*sys.argv[1:])
