@@ -66,7 +66,8 @@ class Report:
             (GRAMMAR_COMPILE_SECONDS, self.grammar_compile_seconds),
         )
         histograms = [Histogram(name, values) for name, values in observed if values]
-        gained = preemptions or self.adapter_loads or self.adapter_evictions or histograms or self.grammar_hits or self.drafted
+        counted = (preemptions, self.adapter_loads, self.adapter_evictions, self.grammar_hits, self.drafted)
+        gained = histograms or any(counted)
         self._next = now + INTERVAL
         if not gained and self._last == (*gauges, self.adapters_loaded, adapters):
             return None
