@@ -283,8 +283,8 @@ class Scheduler:
         return True
 
     def _draft(self, plan: Plan, drafts: Mapping[int, tuple[int, ...]]) -> None:
-        """Lengthen the pieces that decode, with blocks that nobody else needs."""
-        left = self.limits.token_budget - len(plan.pieces)
+        """Lengthen the pieces that decode, with blocks and rows of logits that nobody else needs."""
+        left = min(self.limits.token_budget, self.limits.max_running) - len(plan.pieces)
         for place, piece in enumerate(plan.pieces):
             table = piece.sequence.table
             room = min(left, self.limits.context_length - 1 - piece.end)
