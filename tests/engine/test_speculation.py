@@ -228,6 +228,26 @@ def test_a_draft_model_that_fails_costs_the_draft(
     assert counts(engine) == (0, 0)
 
 
+def test_a_draft_that_cannot_be_decided_is_dropped(
+    build: Any, generate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row's own token is decided all the same, and so are its neighbours' tokens."""
+    engine = build()
+    requests = requests_of_all_kinds(generate)[:3]
+    expected = [told(answer) for answer in engine.generate(*requests)]
+    sampling = engine.engine.drafter._strategy.inner
+    decide = sampling.decide
+
+    def picky(rows: Any, *rest: Any) -> Any:
+        if any(row.key < 0 and len(row.output_token_ids) == 12 for row in rows):
+            raise InvalidField("nothing is left", field="none")
+        return decide(rows, *rest)
+
+    monkeypatch.setattr(sampling, "decide", picky)
+    again = [with_speculation(each, ALWAYS["prompt_lookup"]) for each in requests]
+    assert [told(answer) for answer in engine.generate(*again)] == expected
+
+
 def test_where_nothing_is_right_it_is_soon_left_alone(drafting: Any, smaller: Decoder, generate: Any) -> None:
     engine = drafting(smaller)
     wanted = Speculation("draft_model", 6)
