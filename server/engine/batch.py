@@ -74,7 +74,7 @@ class Batch:
 def build_batch(
     pieces: SequenceOf[Piece],
     copies: SequenceOf[Copy],
-    build_segments: Callable[[Runs], Segments],
+    build_segments: Callable[[Runs], Segments | None],
     build_end_segments: Callable[[Runs, Runs], Segments | None] = lambda runs, logits_runs: None,
 ) -> Batch:
     """Tensors for at least one piece, in a plan's order.

@@ -223,7 +223,8 @@ class Committer:
         return [sequence, *(self._fork(sequence, index) for index in others)]
 
     def _decide(self, sequences: list[Sequence], sources: list[Source], output: Output) -> list[Continuation]:
-        """Ask the strategy; when it fails, for each row or search alone, and end the requests that fail again."""
+        """Ask the strategy; when it fails, for each row or search alone, without drafts, and end the requests that fail
+        again."""
         rows = [_with_draft(sequence.row, source) for sequence, source in zip(sequences, sources, strict=True)]
         logits, hidden = output.logits, output.hidden
         places = [place for source in sources for place in source.rows]
@@ -240,16 +241,18 @@ class Committer:
             places = list(members)
             if sequences[places[0]].status is Status.FINISHED:  # with another row of its request
                 continue
-            first, last = sources[places[0]].rows.start, sources[places[-1]].rows.stop  # a search's are adjacent
+            first, last = sources[places[0]].rows.start, sources[places[-1]].rows.start + 1  # a search's are adjacent
+            alone = [replace(rows[place], draft_token_ids=()) for place in places]
             try:
                 ((_, own),) = self.runner.logits(output, range(first, last))
-                decided = self.strategy.decide([rows[place] for place in places], own, hidden[first:last])
+                decided = self.strategy.decide(alone, own, hidden[first:last])
             except LorryError as error:
                 self.fail(sequences[places[0]].request, error)
             except Exception:
                 self.fault(sequences[places[0]].request)
             else:
-                continuations += [replace(way, parent=places[way.parent]) for way in decided]
+                accepted = 0 if sources[places[0]].draft else None
+                continuations += [replace(way, parent=places[way.parent], accepted=accepted) for way in decided]
         return continuations
 
     def _continue(self, sequence: Sequence, ways: list[Continuation], now: float) -> None:

@@ -56,14 +56,8 @@ class DraftModel:
         going = self._catch_up(pieces, drafts)
         while going := [place for place in going if len(drafts[place]) < len(pieces[place].draft)]:
             begun = time.perf_counter()
-            going = self._next(
-                [
-                    replace(pieces[place], start=pieces[place].end + len(drafts[place]) - 1, draft=tuple(drafts[place]))
-                    for place in going
-                ],
-                going,
-                drafts,
-            )
+            run = [_newest(pieces[place], drafts[place]) for place in going]
+            going = self._next(run, going, drafts)
             self.seconds = FADING * self.seconds + (1 - FADING) * (time.perf_counter() - begun)
 
     def _catch_up(self, pieces: list[Piece], drafts: dict[int, list[int]]) -> list[int]:
@@ -72,13 +66,13 @@ class DraftModel:
         for place in drafts:
             sequence = pieces[place].sequence
             end = min(pieces[place].end, sequence.drafted + left)
-            if end == sequence.drafted:
-                break
+            if end <= sequence.drafted:
+                continue
             behind.append(Piece(sequence, sequence.drafted, end))
             left -= end - sequence.drafted
             if end == pieces[place].end:
                 done.append(place)
-        return self._next(behind, done, drafts)
+        return self._next(behind, done, drafts) if behind else []
 
     def _next(self, run: list[Piece], places: list[int], drafts: dict[int, list[int]]) -> list[int]:
         """Run some pieces, and propose a token for the rows at `places`, which are those that decide; the places where
@@ -97,6 +91,11 @@ class DraftModel:
                 drafts[place].append(token)
                 going.append(place)
         return going
+
+
+def _newest(piece: Piece, draft: list[int]) -> Piece:
+    """The last token of the draft alone."""
+    return replace(piece, start=piece.end + len(draft) - 1, draft=tuple(draft))
 
 
 def _proposes(piece: Piece) -> bool:

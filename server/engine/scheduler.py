@@ -231,8 +231,11 @@ class Scheduler:
 
         Since the launch its sequence may have ended, or have lost its blocks and begun again.
         """
-        if piece.sequence.status is Status.RUNNING:
-            self._register(piece.sequence, min(piece.end, piece.sequence.computed))
+        sequence = piece.sequence
+        if sequence.status is Status.RUNNING:
+            self._register(sequence, min(piece.end, sequence.computed))
+            if not piece.draft:  # what a draft model has run behind it, if it has, is void
+                sequence.drafted = min(sequence.drafted, piece.end)
 
     def accepted(self, sequence: Sequence, count: int) -> None:
         """The first `count` tokens of a draft that has been run are the sequence's now; what was computed of the others
@@ -280,8 +283,8 @@ class Scheduler:
         return True
 
     def _draft(self, plan: Plan, drafts: Mapping[int, tuple[int, ...]]) -> None:
-        """Lengthen the pieces that decode, with blocks that nobody else needs."""
-        left = self.limits.token_budget - len(plan.pieces)
+        """Lengthen the pieces that decode, with blocks and rows of logits that nobody else needs."""
+        left = min(self.limits.token_budget, self.limits.max_running) - len(plan.pieces)
         for place, piece in enumerate(plan.pieces):
             table = piece.sequence.table
             room = min(left, self.limits.context_length - 1 - piece.end)
