@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lorry.v1 import generation_pb2
 
 _SAMPLING, _SEARCH, _STRUCTURE = "Sampling", "Search", "Structured output"
-_STOPPING, _ANSWER = "Stopping", "Answer"
+_STOPPING, _ANSWER, _SPEED = "Stopping", "Answer", "Speed"
 
 _OF_STRATEGIES = {  # option: strategy, field
     "beam_width": ("beam", "width"),
@@ -224,6 +224,22 @@ SkipForced = Annotated[
     bool,
     _option("--skip-forced", panel=_STRUCTURE, help="Append at once what the structure leaves no choice about."),
 ]
+Speculation = Annotated[
+    str | None,
+    _option(
+        "--speculation",
+        panel=_SPEED,
+        metavar="off|prompt-lookup|draft-model",
+        help="What proposes tokens; the answer is the same. Unset: the server's default.",
+    ),
+]
+DraftTokens = Annotated[
+    int | None, _option("--draft-tokens", panel=_SPEED, help="Most tokens proposed at once, to 32.")
+]
+Adaptive = Annotated[
+    bool | None,
+    _option("--adaptive/--no-adaptive", panel=_SPEED, help="Whether fewer are proposed while more do not pay."),
+]
 
 
 def adapter_refs(adapters: list[str] | None) -> list[generation_pb2.AdapterRef]:
@@ -254,6 +270,7 @@ def spec(adapters: list[str] | None, **options: Any) -> generation_pb2.Generatio
         message.stopping.time_limit.FromNanoseconds(round(limit * 1e9))
     _set_strategy(message, {name: options.pop(name, None) for name in _OF_STRATEGIES})
     _set_structure(message, options)
+    _set_speculation(message, {name: options.pop(name, None) for name in ("speculation", "draft_tokens", "adaptive")})
     parts = (message, message.sampling, message.stopping, message.response)
     for name, value in options.items():
         if value is None or value == []:
@@ -339,3 +356,24 @@ def _set_structure(message: generation_pb2.GenerationSpec, options: dict[str, An
         else:
             setattr(wanted, name, values.file_or_text(value) if name in ("json_schema", "grammar") else value)
         wanted.skip_forced = skip_forced
+
+
+def _set_speculation(message: generation_pb2.GenerationSpec, options: dict[str, Any]) -> None:
+    proposer, most, adaptive = options["speculation"], options["draft_tokens"], options["adaptive"]
+    wanted = message.speculation
+    if proposer is not None:
+        prefix = "SPECULATION_PROPOSER_"
+        enum = wanted.DESCRIPTOR.fields_by_name["proposer"].enum_type
+        names = {
+            name.removeprefix(prefix).lower().replace("_", "-"): number for name, number in enum_values(enum) if number
+        }
+        if proposer not in names:
+            raise typer.BadParameter(f"{proposer} does not fit --speculation: {', '.join(names)}")
+        wanted.proposer = names[proposer]
+    if most is not None:
+        try:
+            wanted.max_draft_tokens = most
+        except ValueError:
+            raise typer.BadParameter(f"{most} does not fit --draft-tokens") from None
+    if adaptive is not None:
+        wanted.adaptive = adaptive

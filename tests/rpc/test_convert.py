@@ -13,7 +13,15 @@ from google.protobuf.descriptor import Descriptor
 
 from lorry.server.engine.messages import AdapterRef, Dry, Mirostat
 from lorry.server.errors import InvalidField
-from lorry.server.frontend.request import BestOf, ChatMessage, ChatPrompt, Ranking, TextPrompt, TokenPrompt
+from lorry.server.frontend.request import (
+    BestOf,
+    ChatMessage,
+    ChatPrompt,
+    Ranking,
+    SpeculationWish,
+    TextPrompt,
+    TokenPrompt,
+)
 from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping, StructuredOutput
 from lorry.server.rpc import convert
 from lorry.v1 import adapter_pb2 as ad
@@ -116,6 +124,24 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ("", "best_of", None),
     ("best_of { candidates: 5 } sampling { n: 5 }", "best_of", BestOf(5)),
     ("best_of { candidates: 2 ranking: BEST_OF_RANKING_SUM }", "best_of", BestOf(2, Ranking.SUM)),
+    ("", "speculation", SpeculationWish(None, None, True)),
+    (
+        "speculation { max_draft_tokens: 1 } contrastive { top_k: 4 penalty_alpha: 0 }",
+        "speculation.max_draft_tokens",
+        1,
+    ),
+    ("speculation { proposer: SPECULATION_PROPOSER_OFF } beam { width: 2 }", "speculation", SpeculationWish("off")),
+    (
+        "speculation { proposer: SPECULATION_PROPOSER_PROMPT_LOOKUP max_draft_tokens: 32 adaptive: false }"
+        " best_of { candidates: 2 }",
+        "speculation",
+        SpeculationWish("prompt_lookup", 32, False),
+    ),
+    (
+        "speculation { proposer: SPECULATION_PROPOSER_DRAFT_MODEL adaptive: true } structured_output { regex: 'a' }",
+        "speculation",
+        SpeculationWish("draft_model"),
+    ),
     ("", "stopping.max_new_tokens", None),
     ("stopping { max_new_tokens: 1 min_new_tokens: 1 }", "stopping.max_new_tokens", 1),
     ("stopping { min_new_tokens: 9 }", "stopping.min_new_tokens", 9),
