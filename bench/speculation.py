@@ -214,24 +214,24 @@ def main(
 
 
 def show(figures: list[dict[str, Any]]) -> None:
-    table = Table("workload", "streams", "proposer", "tokens", "plain /s", "ahead /s", "ratio", "accepted", "differ")
+    table = Table("case", "tokens", "plain /s", "ahead /s", "ratio", "accepted", "differ")
     for each in figures:
-        marks = [f"T={each['temperature']:g}"] * bool(each["temperature"]) + ["adapters"] * each["adapters"]
-        color = "red" if each["floor"] is not None and each["ratio"] < each["floor"] else "green"
+        marks = [each["proposer"].replace("_", " "), f"{each['streams']} streams"]
+        marks += [f"T={each['temperature']:g}"] * (each["temperature"] > 0) + ["adapters"] * each["adapters"]
+        floor = each["floor"]
+        color = "default" if floor is None else "green" if each["ratio"] >= floor else "red"
         table.add_row(
-            ", ".join([each["workload"], *marks]),
-            str(each["streams"]),
-            each["proposer"],
+            f"{each['workload']}: {', '.join(marks)}",
             str(each["tokens"]),
             f"{each['plain_tokens_per_second']:.1f}",
             f"{each['tokens_per_second']:.1f}",
-            f"[{color}]{each['ratio']:.2f}[/]" if each["floor"] is not None else f"{each['ratio']:.2f}",
+            f"[{color}]{each['ratio']:.2f}[/]",
             f"{each['accepted']} of {each['drafted']}",
             str(each["differing_answers"]),
         )
         for task, alone in each.get("ratio_by_task", {}).items():
-            table.add_row(f"  {task}", "", "", "", "", "", f"{alone:.2f}", "", "")
-    Console().print(table)
+            table.add_row(f"  {task}", "", "", "", f"{alone:.2f}", "", "")
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

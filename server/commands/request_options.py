@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorry.server.commands import values
+from lorry.server.config import SpeculationChoice
 
 if TYPE_CHECKING:
     from lorry.v1 import generation_pb2
@@ -225,11 +226,10 @@ SkipForced = Annotated[
     _option("--skip-forced", panel=_STRUCTURE, help="Append at once what the structure leaves no choice about."),
 ]
 Speculation = Annotated[
-    str | None,
+    SpeculationChoice | None,
     _option(
         "--speculation",
         panel=_SPEED,
-        metavar="off|prompt-lookup|draft-model",
         help="What proposes tokens; the answer is the same. Unset: the server's default.",
     ),
 ]
@@ -270,7 +270,7 @@ def spec(adapters: list[str] | None, **options: Any) -> generation_pb2.Generatio
         message.stopping.time_limit.FromNanoseconds(round(limit * 1e9))
     _set_strategy(message, {name: options.pop(name, None) for name in _OF_STRATEGIES})
     _set_structure(message, options)
-    _set_speculation(message, {name: options.pop(name, None) for name in ("speculation", "draft_tokens", "adaptive")})
+    _set_speculation(message, *(options.pop(name, None) for name in ("speculation", "draft_tokens", "adaptive")))
     parts = (message, message.sampling, message.stopping, message.response)
     for name, value in options.items():
         if value is None or value == []:
@@ -358,22 +358,15 @@ def _set_structure(message: generation_pb2.GenerationSpec, options: dict[str, An
         wanted.skip_forced = skip_forced
 
 
-def _set_speculation(message: generation_pb2.GenerationSpec, options: dict[str, Any]) -> None:
-    proposer, most, adaptive = options["speculation"], options["draft_tokens"], options["adaptive"]
-    wanted = message.speculation
-    if proposer is not None:
-        prefix = "SPECULATION_PROPOSER_"
-        enum = wanted.DESCRIPTOR.fields_by_name["proposer"].enum_type
-        names = {
-            name.removeprefix(prefix).lower().replace("_", "-"): number for name, number in enum_values(enum) if number
-        }
-        if proposer not in names:
-            raise typer.BadParameter(f"{proposer} does not fit --speculation: {', '.join(names)}")
-        wanted.proposer = names[proposer]
-    if most is not None:
-        try:
-            wanted.max_draft_tokens = most
-        except ValueError:
-            raise typer.BadParameter(f"{most} does not fit --draft-tokens") from None
-    if adaptive is not None:
-        wanted.adaptive = adaptive
+def _set_speculation(
+    message: generation_pb2.GenerationSpec, proposer: str | None, most: int | None, adaptive: bool | None
+) -> None:
+    from lorry.v1 import generation_pb2
+
+    name = proposer and "SPECULATION_PROPOSER_" + proposer.upper().replace("-", "_")
+    try:
+        wanted = generation_pb2.Speculation(proposer=name, max_draft_tokens=most, adaptive=adaptive)
+    except ValueError:
+        raise typer.BadParameter(f"{most} does not fit --draft-tokens") from None
+    if wanted.ListFields():
+        message.speculation.CopyFrom(wanted)
