@@ -126,6 +126,8 @@ class Request:
     stopping: StoppingCriteria = StoppingCriteria()
     response: ResponseOptions = ResponseOptions()
     best_of: BestOf | None = None
+    negative: Prompt | None = None
+    """Of a guidance among `sampling`, whose tokens are still to be filled in."""
     priority: int = 0
     """Higher first."""
     cache_salt: str = ""
