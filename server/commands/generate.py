@@ -164,7 +164,11 @@ def generate(
 
 
 def _set_prompt(
-    spec: generation_pb2.GenerationSpec | generation_pb2.Guidance, text: str, chat: bool, system: str | None, token_ids: bool
+    spec: generation_pb2.GenerationSpec | generation_pb2.Guidance,
+    text: str,
+    chat: bool,
+    system: str | None,
+    token_ids: bool,
 ) -> None:
     if chat and token_ids:
         raise typer.BadParameter("--token-ids and --chat exclude each other")

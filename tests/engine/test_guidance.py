@@ -99,6 +99,7 @@ def told(answer: Answer) -> dict[int, list[int]]:
 def test_a_mixed_batch_gives_each_what_it_gets_alone(build: Any, generate: Any, settings: dict[str, Any]) -> None:
     alone = [told(build().generate(request)[0]) for request in cases(generate)]
     engine = build(**settings)
+    engine.generate(*(generate(f"load {name}", [5], 1, adapters={name: 1.0}) for name in "abce"))
     together = engine.generate(*cases(generate))
     assert [told(answer) for answer in together] == alone
     assert together[-1].prompt_logprobs is not None and len(together[-1].prompt_logprobs) == 19
