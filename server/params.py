@@ -11,6 +11,9 @@ from typing import Literal
 import msgspec
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+Proposer = Literal["prompt_lookup", "draft_model"]
+
+MOST_DRAFT_TOKENS = 32
 
 
 class StructuredOutput(msgspec.Struct, frozen=True):
@@ -36,14 +39,6 @@ class Dry(msgspec.Struct, frozen=True):
     allowed_length: int = 2
     sequence_breakers: tuple[int, ...] = ()  # token ids
     range: int = 0  # how many of the newest tokens are looked at; 0: all
-
-
-class Speculation(msgspec.Struct, frozen=True):
-    """Tokens proposed ahead and checked together; see `decoding/speculation/`."""
-
-    proposer: Literal["prompt_lookup", "draft_model"]
-    max_draft_tokens: int = 8
-    adaptive: bool = True  # fewer or none while they do not pay
 
 
 class EarlyStopping(enum.IntEnum):
@@ -119,6 +114,14 @@ class Guidance(msgspec.Struct, frozen=True, tag="guidance"):
 Search = BeamSearch | ContrastiveSearch | Guidance
 
 
+class Speculation(msgspec.Struct, frozen=True):
+    """Tokens proposed ahead and checked together; see `decoding/speculation/`."""
+
+    proposer: Proposer
+    max_draft_tokens: int = 8  # 1 to MOST_DRAFT_TOKENS
+    adaptive: bool = True  # fewer or none while they do not pay
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """How the next token is chosen. The defaults switch every part off but plain sampling."""
 
@@ -143,7 +146,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
     n: int = 1
     search: Search | None = None  # its sequences are decided together; but for guidance, in place of sampling
-    speculation: Speculation | None = None
+    speculation: Speculation | None = None  # changes no token
 
     @property
     def speculates(self) -> bool:

@@ -94,6 +94,9 @@ def generate(
     choice: options.Choice = None,
     grammar: options.Grammar = None,
     skip_forced: options.SkipForced = False,
+    speculation: options.Speculation = None,
+    draft_tokens: options.DraftTokens = None,
+    adaptive: options.Adaptive = None,
 ) -> None:
     """Ask a running server for an answer."""
     spec = options.spec(
@@ -150,6 +153,9 @@ def generate(
         choice=choice,
         grammar=grammar,
         skip_forced=skip_forced,
+        speculation=speculation,
+        draft_tokens=draft_tokens,
+        adaptive=adaptive,
     )
     text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
     _set_prompt(spec, text, chat or system is not None, system, token_ids)

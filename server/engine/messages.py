@@ -282,7 +282,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     kernels: str  # which launchers serve: "native", "native-int16", "reference", "triton"
     max_weights_bytes: int = 0  # of an adapter's file of tensors
     base_fingerprint: str = ""  # of the quantized linears; "" where they are random
-    draft_model: str = ""
+    draft_model: str = ""  # name of the model that proposes tokens; "": there is none
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -33,7 +33,7 @@ from lorry.server.engine.messages import Loading, LoadingStage, Ready
 from lorry.server.engine.start.gpu_start import Progress
 from lorry.server.engine.start.memory import processors
 from lorry.server.engine.start.memory_plan import check_fraction
-from lorry.server.errors import LorryError, OutOfMemory
+from lorry.server.errors import InvalidField, LorryError, OutOfMemory
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model
 from lorry.server.model.store import cache_root, resolve_model
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.SIG_IGN)
     try:
         config = engine_config_from_json(sys.stdin.buffer.read())
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, InvalidField) as error:
         log.error("the configuration on stdin is refused: %s", error)
         return EXIT_REFUSED
     channel = SocketChannel(address)

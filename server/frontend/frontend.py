@@ -44,6 +44,7 @@ from lorry.server.frontend.request import (
 )
 from lorry.server.frontend.requests import Entry, Requests
 from lorry.server.frontend.sampling_texts import tokenized
+from lorry.server.frontend.speculation import resolved
 from lorry.server.frontend.stop_strings import StopStrings
 from lorry.server.frontend.tokenizer import Tokenizer
 from lorry.server.grammars.job import Vocabulary
@@ -213,6 +214,7 @@ class EngineFrontend:
         continuation: Sequence[int],
         *,
         adapters: tuple[AdapterRef, ...] = (),
+        entropy: bool = False,
         deadline: float | None = None,
     ) -> Score:
         self._check_serving()
@@ -226,7 +228,7 @@ class EngineFrontend:
             adapters=adapters,
             sampling=SamplingParams(temperature=0.0),
             stopping=StoppingCriteria(max_new_tokens=0),
-            response=ResponseOptions(logprobs=1),
+            response=ResponseOptions(logprobs=1, entropy=entropy),
             deadline=deadline,
         )
         scores: tuple[messages.TokenLogprobs, ...] = ()
@@ -236,7 +238,11 @@ class EngineFrontend:
                     scores = event.logprobs
         if len(scores) != len(continuation):
             raise Draining("the server ended the request before it was scored")
-        return Score(tuple(s.logprob for s in scores), tuple(s.top[0].token_id for s in scores))
+        return Score(
+            tuple(s.logprob for s in scores),
+            tuple(s.top[0].token_id for s in scores),
+            tuple(s.entropy for s in scores if s.entropy is not None),
+        )
 
     async def tokenize(self, prompt: TextPrompt | ChatPrompt, *, add_special_tokens: bool = True) -> list[int]:
         self._require_tokenizer()
@@ -294,7 +300,11 @@ class EngineFrontend:
 
     def _handle(self, request: Request, entry: Entry, token_ids: Sequence[int], score_from: int | None) -> Handle:
         tokenizer, response = self._require_tokenizer(), request.response
-        request = replace(request, sampling=tokenized(request.sampling, request.texts, tokenizer))
+        sampling = msgspec.structs.replace(
+            tokenized(request.sampling, request.texts, tokenizer),
+            speculation=resolved(request.speculation, self._config.engine),
+        )
+        request = replace(request, sampling=sampling)
         command = generate_command(request, entry.wire_id, token_ids, self.model_info)
         if score_from is not None:
             command = msgspec.structs.replace(command, prompt_logprobs_from=score_from, prompt_end=score_from)

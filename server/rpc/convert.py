@@ -24,7 +24,7 @@ from lorry.server.frontend.request import (
     TokenPrompt,
     fresh_request_id,
 )
-from lorry.server.rpc import fields, sampling, strategy, structured
+from lorry.server.rpc import fields, sampling, speculation, strategy, structured
 from lorry.server.rpc.fields import refuse
 from lorry.v1 import adapter_pb2, control_pb2, generation_pb2
 
@@ -59,6 +59,7 @@ def generation(spec: generation_pb2.GenerationSpec, present: bool, vocab_size: i
         response=_response(spec.response),
         best_of=strategy.best_of(spec),
         negative=_negative(spec.guidance, vocab_size),
+        speculation=speculation.wish(spec),
         priority=fields.integer("spec.priority", spec.priority, -1000, 1000),
         cache_salt=spec.cache_salt,
         request_id=fields.request_id("spec.request_id", spec.request_id) if spec.request_id else fresh_request_id(),
