@@ -11,6 +11,9 @@ from typing import Literal
 
 import msgspec
 
+from lorry.server.errors import InvalidField
+from lorry.server.params import MOST_DRAFT_TOKENS
+
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -20,6 +23,7 @@ DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 KVDtypeChoice = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 AdapterDtypeChoice = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
+SpeculationChoice = Literal["off", "prompt-lookup", "draft-model"]
 LogFormat = Literal["lines", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -75,6 +79,14 @@ class EngineConfig:
     """Most tokens of one step, prompts' chunks and decoded tokens together; None: 2048 on a GPU, 256 on a CPU."""
     context_length: int | None = None
     """Most tokens of prompt and answer together; None: what the model was trained for."""
+    speculation: SpeculationChoice = "off"
+    """What proposes tokens ahead where a request does not say: prompt-lookup continues repetitions of the text,
+    draft-model asks a smaller model; answers are the same (docs/decoding-speculation.md)."""
+    draft_model: str | None = None
+    """A smaller model of the same vocabulary, named like the model itself, that requests may have propose tokens; None:
+    none."""
+    draft_tokens: int = 8
+    """Most tokens proposed at once where a request does not say; 1 to 32."""
     cuda_graphs: bool = True
     """Replay recorded launches when only decoding on a GPU; off: launch each kernel, to debug."""
     threads: int | None = None
@@ -83,6 +95,17 @@ class EngineConfig:
     """Seed of whatever is random in the engine beside the requests, which bring their own."""
     debug_checks: bool = False
     """Prove the allocators' invariants whenever the engine is idle."""
+
+    def __post_init__(self) -> None:
+        """Raises InvalidField for settings of speculation that exclude each other or lie out of range."""
+        if not 1 <= self.draft_tokens <= MOST_DRAFT_TOKENS:
+            raise InvalidField(
+                f"draft_tokens is {self.draft_tokens}, 1 to {MOST_DRAFT_TOKENS} is expected", field="draft_tokens"
+            )
+        if self.draft_model == "":
+            raise InvalidField("draft_model is empty, a model or none is expected", field="draft_model")
+        if self.speculation == "draft-model" and self.draft_model is None:
+            raise InvalidField("speculation is draft-model, but draft_model names none", field="speculation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,5 +140,5 @@ def to_json(config: EngineConfig) -> bytes:
 
 
 def engine_config_from_json(data: bytes | str) -> EngineConfig:
-    """The inverse of `to_json`; raises msgspec.ValidationError that names a bad field."""
+    """The inverse of `to_json`; raises msgspec.ValidationError or InvalidField that name a bad field."""
     return msgspec.json.decode(data, type=EngineConfig)

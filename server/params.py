@@ -11,6 +11,9 @@ from typing import Literal
 import msgspec
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+Proposer = Literal["prompt_lookup", "draft_model"]
+
+MOST_DRAFT_TOKENS = 32
 
 
 class StructuredOutput(msgspec.Struct, frozen=True):
@@ -91,7 +94,32 @@ class ContrastiveSearch(msgspec.Struct, frozen=True, tag="contrastive"):
         return min(1, tokens)
 
 
-Search = BeamSearch | ContrastiveSearch
+class Guidance(msgspec.Struct, frozen=True, tag="guidance"):
+    """Move the answer away from another distribution; see `lorry.server.decoding.guidance`."""
+
+    scale: float
+    negative: tuple[int, ...] | None = None  # token ids of the negative prompt; None: the prompt, without adapters
+
+    @property
+    def rows(self) -> tuple[str, int]:
+        """The most sequences at once, and the field that says so."""
+        return "guidance", 2
+
+    @property
+    def observes(self) -> bool:
+        """Whether the hidden states of the prompt are wanted."""
+        return False
+
+
+Search = BeamSearch | ContrastiveSearch | Guidance
+
+
+class Speculation(msgspec.Struct, frozen=True):
+    """Tokens proposed ahead and checked together; see `decoding/speculation/`."""
+
+    proposer: Proposer
+    max_draft_tokens: int = 8  # 1 to MOST_DRAFT_TOKENS
+    adaptive: bool = True  # fewer or none while they do not pay
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -117,7 +145,16 @@ class SamplingParams(msgspec.Struct, frozen=True):
     structured_output: StructuredOutput | None = None
     seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
     n: int = 1
-    search: Search | None = None  # in place of sampling; its sequences are decided together
+    search: Search | None = None  # its sequences are decided together; but for guidance, in place of sampling
+    speculation: Speculation | None = None  # changes no token
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens are proposed: not where rows are decided together, where a cut depends on the token before,
+        nor where forced tokens are appended without being run."""
+        drawn_apart = self.search is None and (self.mirostat is None or self.temperature == 0.0)
+        skips = self.structured_output is not None and self.structured_output.skip_forced
+        return self.speculation is not None and drawn_apart and not skips
 
 
 class StoppingParams(msgspec.Struct, frozen=True):

@@ -29,6 +29,7 @@ def chat(
     seed: options.Seed = None,
     repetition_penalty: options.RepetitionPenalty = None,
     max_new_tokens: options.MaxNewTokens = 512,
+    speculation: options.Speculation = None,
 ) -> None:
     """Talk with a running server; the interrupt key ends an answer, end of input the conversation."""
     conversation = _Conversation(
@@ -42,6 +43,7 @@ def chat(
             "seed": seed,
             "repetition_penalty": repetition_penalty,
             "max_new_tokens": max_new_tokens,
+            "speculation": speculation,
         },
     )
     with contextlib.suppress(ImportError):

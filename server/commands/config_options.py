@@ -16,6 +16,7 @@ import typer
 from lorry.server import config
 from lorry.server.commands import values
 from lorry.server.config import EngineConfig, ServerConfig
+from lorry.server.errors import InvalidField
 
 _SIZES = {"kv_memory", "adapter_memory", "adapter_host_memory", "adapter_cache_size", "max_message_bytes"}
 _NAMES = {"adapters_dir": "--adapters", "adapter_roots": "--adapter-root", "adapter_sources": "--adapter-source"}
@@ -77,9 +78,13 @@ def parameters() -> list[inspect.Parameter]:
 
 
 def build(options: dict[str, Any]) -> ServerConfig:
-    """The configuration from the options' values."""
+    """The configuration from the options' values; raises typer.BadParameter for those that exclude each other."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     engine_fields = {field.name for field in dataclasses.fields(EngineConfig)}
-    engine = EngineConfig(**{name: value for name, value in options.items() if name in engine_fields})
+    try:
+        engine = EngineConfig(**{name: value for name, value in options.items() if name in engine_fields})
+    except InvalidField as error:
+        option = "--" + error.fields["field"].replace("_", "-")
+        raise typer.BadParameter(error.message, param_hint=option) from None
     rest = {name: value for name, value in options.items() if name not in engine_fields}
     return ServerConfig(engine=engine, **rest)

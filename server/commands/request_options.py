@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorry.server.commands import values
+from lorry.server.config import SpeculationChoice
 
 if TYPE_CHECKING:
     from lorry.v1 import generation_pb2
 
 _SAMPLING, _SEARCH, _STRUCTURE = "Sampling", "Search", "Structured output"
-_STOPPING, _ANSWER = "Stopping", "Answer"
+_STOPPING, _ANSWER, _SPEED = "Stopping", "Answer", "Speed"
 
 _OF_STRATEGIES = {  # option: strategy, field
     "beam_width": ("beam", "width"),
@@ -22,6 +23,8 @@ _OF_STRATEGIES = {  # option: strategy, field
     "diversity_penalty": ("beam", "diversity_penalty"),
     "contrastive_top_k": ("contrastive", "top_k"),
     "penalty_alpha": ("contrastive", "penalty_alpha"),
+    "guidance_scale": ("guidance", "scale"),
+    "guide_from_base": ("guidance", "base"),
     "best_of": ("best_of", "candidates"),
     "best_of_by": ("best_of", "ranking"),
 }
@@ -167,6 +170,17 @@ BestOf = Annotated[
 BestOfBy = Annotated[
     str | None, _option("--best-of-by", panel=_SEARCH, metavar="mean|sum", help="Of their log-probabilities.")
 ]
+GuidanceScale = Annotated[
+    float | None,
+    _option("--guidance-scale", panel=_SEARCH, help="Guidance: how far from what is negative, 0 to 20; 1 is off."),
+]
+NegativePrompt = Annotated[
+    str | None,
+    _option("--negative-prompt", panel=_SEARCH, metavar="TEXT", help="Guidance: a prompt in the place of the prompt."),
+]
+GuideFromBase = Annotated[
+    bool | None, _option("--guide-from-base", panel=_SEARCH, help="Guidance: the same prompt without the adapters.")
+]
 Number = Annotated[int | None, _option("--n", "-n", panel=_SAMPLING, help="How many answers. Unset: 1.")]
 MaxNewTokens = Annotated[
     int | None,
@@ -224,6 +238,21 @@ SkipForced = Annotated[
     bool,
     _option("--skip-forced", panel=_STRUCTURE, help="Append at once what the structure leaves no choice about."),
 ]
+Speculation = Annotated[
+    SpeculationChoice | None,
+    _option(
+        "--speculation",
+        panel=_SPEED,
+        help="What proposes tokens; the answer is the same. Unset: the server's default.",
+    ),
+]
+DraftTokens = Annotated[
+    int | None, _option("--draft-tokens", panel=_SPEED, help="Most tokens proposed at once, to 32.")
+]
+Adaptive = Annotated[
+    bool | None,
+    _option("--adaptive/--no-adaptive", panel=_SPEED, help="Whether fewer are proposed while more do not pay."),
+]
 
 
 def adapter_refs(adapters: list[str] | None) -> list[generation_pb2.AdapterRef]:
@@ -254,6 +283,7 @@ def spec(adapters: list[str] | None, **options: Any) -> generation_pb2.Generatio
         message.stopping.time_limit.FromNanoseconds(round(limit * 1e9))
     _set_strategy(message, {name: options.pop(name, None) for name in _OF_STRATEGIES})
     _set_structure(message, options)
+    _set_speculation(message, *(options.pop(name, None) for name in ("speculation", "draft_tokens", "adaptive")))
     parts = (message, message.sampling, message.stopping, message.response)
     for name, value in options.items():
         if value is None or value == []:
@@ -305,7 +335,7 @@ def _set_strategy(message: generation_pb2.GenerationSpec, options: dict[str, Any
             continue
         strategy, name = _OF_STRATEGIES[option]
         if message.WhichOneof("strategy") not in (None, strategy):
-            raise typer.BadParameter("beam search, contrastive search and --best-of exclude each other")
+            raise typer.BadParameter("beam search, contrastive search, guidance and --best-of exclude each other")
         part = getattr(message, strategy)
         try:
             if (enum := part.DESCRIPTOR.fields_by_name[name].enum_type) is not None:
@@ -339,3 +369,17 @@ def _set_structure(message: generation_pb2.GenerationSpec, options: dict[str, An
         else:
             setattr(wanted, name, values.file_or_text(value) if name in ("json_schema", "grammar") else value)
         wanted.skip_forced = skip_forced
+
+
+def _set_speculation(
+    message: generation_pb2.GenerationSpec, proposer: str | None, most: int | None, adaptive: bool | None
+) -> None:
+    from lorry.v1 import generation_pb2
+
+    name = proposer and "SPECULATION_PROPOSER_" + proposer.upper().replace("-", "_")
+    try:
+        wanted = generation_pb2.Speculation(proposer=name, max_draft_tokens=most, adaptive=adaptive)
+    except ValueError:
+        raise typer.BadParameter(f"{most} does not fit --draft-tokens") from None
+    if wanted.ListFields():
+        message.speculation.CopyFrom(wanted)

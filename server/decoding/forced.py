@@ -36,9 +36,6 @@ class SkipForced(Strategy):
     def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor | None) -> Pending:
         return self.inner.begin(rows, logits, unread, last)
 
-    def draft(self, rows: Sequence[Row], limit: int) -> list[tuple[int, ...]]:
-        return self.inner.draft(rows, limit)
-
     def observe(self, key: int, hidden_states: Tensor) -> None:
         self.inner.observe(key, hidden_states)
 

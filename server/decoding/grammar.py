@@ -88,6 +88,17 @@ class Grammar:
             return []
         return list(self._follow(row, [*row.output_token_ids, token_id]).compute_ff_tokens())
 
+    def holds(self, row: Row, token_ids: list[int]) -> int:
+        """How many of `token_ids` the row's language holds behind its output; all where it has none."""
+        if not self.applies(row):
+            return len(token_ids)
+        return int(self._follow(row, row.output_token_ids).validate_tokens(token_ids))
+
+    def forked(self, parent: int, child: int) -> None:
+        """`child` has the tokens of `parent`: it need not take them in again."""
+        if progress := self._progress.get(parent):
+            self._progress[child] = Progress(progress.matcher.deep_copy(), list(progress.taken))
+
     def release(self, key: int) -> None:
         self._progress.pop(key, None)
 

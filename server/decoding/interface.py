@@ -40,24 +40,21 @@ one (again as k tentative forks), and drops the others. The chosen token is then
 is one that ends a sequence. The hidden states of the prompt come through `observe`, so such a prompt takes no
 cached blocks; those so far are kept by the strategy, also while the group is preempted.
 
-**Speculation.** Before plan, the loop calls `draft`: proposals per row, from the text so far (prompt lookup)
-or from a draft model that the strategy holds. Plan schedules 1 + d tokens for that row and asks for the
-logits of all of them, and `Row.draft_token_ids` holds the proposal while decide runs: rows own consecutive
-logits rows, 1 + d each. The strategy accepts m of them (all that greedy would have chosen; rejection sampling
-otherwise) and returns one continuation with m + 1 tokens. The loop truncates the sequence's blocks to what
-was accepted. The draws of a rejection come from their own stream of the counter-based generator
-(`lorry.kernels.philox`), so seeds still decide.
+**Speculation** (`speculation/`). Some rows have a proposal: tokens that the step runs behind the row's last one, from
+the text so far (prompt lookup) or from a draft model. `Row.draft_token_ids` holds it while decide runs, and the row
+owns 1 + d consecutive rows of logits. The strategy decides each of them as if the draft before it were output, and
+returns one continuation of m + 1 tokens with `accepted` = m: what the draft foretold, and one more. The loop keeps the
+keys and values of the m tokens; those behind are written over. Tokens are those of the same seed without speculation.
 
 **Grammars, bad words, allowed tokens.** A `Processor` changes the logits before anything is chosen:
 no-repeat-ngram, DRY and bad words of several tokens look at the text so far, which has to be on the host; bad words of
 one token and allowed tokens begin as lists. A grammar keeps its matcher per `Row.key`, derives it again from the tokens
-when it meets a new key, and writes -inf for the whole batch at once from one bit mask. With drafts it gets one `Row`
-per logits row, whose output includes the draft so far. A matcher needs each token on the host, so such rows cannot
-begin.
+when it meets a new key, and writes -inf for the whole batch at once from one bit mask. A matcher needs each token on
+the host, so such rows cannot begin.
 
-**Guidance.** A request is two sequences of one group: the second one has another combo (no adapter) or
-another prompt, and its whole output is `held`. decide mixes their two logits rows, and continues both with
-the same token.
+**Guidance** (`guidance.py`). A request is two sequences of one group: the second one, its shadow, has another combo (no
+adapter) or another prompt, and the loop tells nothing of it. decide mixes their two rows of logits, has a token chosen
+from the mix, and continues both with it.
 
 State. A strategy and its processors may keep state per `Row.key`, but it must follow from the row's tokens: a
 preempted sequence comes back with the same key and the same tokens, a fork with a new key and its parent's
@@ -115,6 +112,7 @@ class Continuation:
     final: `token_ids` is an answer in place of what the sequence held. A sequence without others is ended; of a search,
         finals are its answers in order, each behind what was shown
     score: of a final output, e.g. the length-normalised log-probability of a beam
+    accepted: how many of the tokens are of the row's draft, which has been run; None: it had none
     """
 
     parent: int
@@ -123,6 +121,7 @@ class Continuation:
     held: int = 0
     final: bool = False
     score: float | None = None
+    accepted: int | None = None
 
 
 class Pending(Protocol):
@@ -156,7 +155,7 @@ class Strategy(Protocol):
         ...
 
     def can_begin(self, row: Row) -> bool:
-        """Whether `begin` serves this row; constant for the life of the row."""
+        """Whether `begin` serves this row in this step."""
         return False
 
     def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor | None) -> Pending:
@@ -171,10 +170,6 @@ class Strategy(Protocol):
         """
         error: Exception = NotImplementedError(f"{type(self).__name__} begins no row")
         raise error
-
-    def draft(self, rows: Sequence[Row], limit: int) -> list[tuple[int, ...]]:
-        """Propose at most `limit` tokens for each row that will decode in the coming step; () is always right."""
-        return [()] * len(rows)
 
     def observe(self, key: int, hidden_states: Tensor) -> None:
         """More hidden states [T, H] of the prompt of a sequence whose search `observes`, in order, each once, the last

@@ -52,7 +52,8 @@ class Observed:
 class Batch:
     """One step.
 
-    deciding: pieces that reach the end of their sequence; piece i's logits are those of `inputs.logits_rows[i]`
+    deciding: pieces that reach the end of their sequence; the first of `inputs.logits_rows` are theirs, in order, as
+        many for each as are `decided`
     scored: the rows behind them
     observed: the rows behind those, of which only the hidden states are looked at
     """
@@ -64,11 +65,16 @@ class Batch:
     scored: tuple[Scored, ...]
     observed: tuple[Observed, ...] = ()
 
+    @property
+    def decided(self) -> int:
+        """Rows of logits of all deciding pieces."""
+        return sum(piece.decided for piece in self.deciding)
+
 
 def build_batch(
     pieces: SequenceOf[Piece],
     copies: SequenceOf[Copy],
-    build_segments: Callable[[Runs], Segments],
+    build_segments: Callable[[Runs], Segments | None],
     build_end_segments: Callable[[Runs, Runs], Segments | None] = lambda runs, logits_runs: None,
 ) -> Batch:
     """Tensors for at least one piece, in a plan's order.
@@ -78,7 +84,7 @@ def build_batch(
     """
     count = len(pieces)
     starts = np.fromiter((piece.start for piece in pieces), np.int64, count)
-    ends = np.fromiter((piece.end for piece in pieces), np.int64, count)
+    ends = np.fromiter((piece.stop for piece in pieces), np.int64, count)
     lengths = ends - starts
     cu_seqlens = np.zeros(count + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
@@ -88,9 +94,9 @@ def build_batch(
     token_ids: list[int] = []
     unread: list[tuple[int, int]] = []
     for s, piece in enumerate(pieces):
-        blocks = piece.sequence.table.row[: blocks_for(piece.end)]
+        blocks = piece.sequence.table.row[: blocks_for(piece.stop)]
         block_tables[s, : len(blocks)] = blocks
-        token_ids += piece.sequence.tokens(piece.start, piece.end)
+        token_ids += piece.tokens()
         if piece.sequence.unread:  # always the last one
             token_ids.append(0)
             unread.append((int(cu_seqlens[s + 1]) - 1, piece.sequence.place))
@@ -105,7 +111,9 @@ def build_batch(
     lasts = cu_seqlens[1:].astype(np.int64) - 1
     deciding = [s for s, piece in enumerate(pieces) if piece.end == piece.sequence.length]
     rows = [lasts if len(deciding) == count else lasts[deciding]]
-    scored, next_row = [], len(deciding)
+    if any(piece.draft for piece in pieces):
+        rows = [np.arange(lasts[s] + 1 - pieces[s].decided, lasts[s] + 1) for s in deciding]
+    scored, next_row = [], sum(map(len, rows))
     for s, piece in enumerate(pieces):
         if piece.sequence.request.message.prompt_logprobs_from is None:
             continue
@@ -153,9 +161,9 @@ def combo_runs(pieces: SequenceOf[Piece]) -> Runs:
     """Lengths of the runs of rows that share a combo, over the flat batch; tokens before a combo's start have none."""
     runs: list[tuple[int, Combo]] = []
     for piece in pieces:
-        request = piece.sequence.request
-        split = min(max(request.namespace.start, piece.start), piece.end)
-        for rows, combo in ((split - piece.start, ()), (piece.end - split, request.combo)):
+        sequence = piece.sequence
+        split = min(max(sequence.namespace.start, piece.start), piece.stop)
+        for rows, combo in ((split - piece.start, ()), (piece.stop - split, sequence.combo)):
             if rows == 0:
                 continue
             if runs and runs[-1][1] == combo:
@@ -174,7 +182,7 @@ def scored_targets(piece: Piece) -> range:
     """Prompt positions whose log-probability this piece yields: those after each of its tokens, where wanted."""
     request = piece.sequence.request
     score_from = request.score_from
-    if score_from is None:
+    if score_from is None or piece.sequence.shadowy:
         return range(0)
     return range(max(piece.start + 1, score_from), min(piece.end + 1, len(request.prompt)))
 

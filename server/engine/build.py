@@ -24,10 +24,13 @@ from lorry.server.config import GIB, MIB, EngineConfig
 from lorry.server.decoding.forced import SkipForced
 from lorry.server.decoding.grammar import Grammar
 from lorry.server.decoding.processors import Processors
+from lorry.server.decoding.speculation.strategy import Speculating
 from lorry.server.decoding.strategies import Strategies
 from lorry.server.engine.adapters import AdapterDesk
 from lorry.server.engine.batch import build_batch
 from lorry.server.engine.channel import Channel
+from lorry.server.engine.draft_model import DraftModel
+from lorry.server.engine.drafter import Drafter
 from lorry.server.engine.grammars import GrammarDesk
 from lorry.server.engine.graphs import GRAPH_PAGES, MOST_ADAPTERS, PAGE_BUCKETS
 from lorry.server.engine.loop import Engine
@@ -118,8 +121,11 @@ def build_engine(
     channel: Channel,
     progress: Progress = lambda *_: None,
     grammars: GrammarDesk | None = None,
+    draft: Decoder | None = None,
 ) -> Engine:
     """Allocate the adapters' pages, then the KV cache from what is left, and put the parts together.
+
+    draft: a draft model; raises InvalidField if it has another vocabulary.
 
     On a GPU also compile, launch and record what steps will launch; progress(stage, done, of how much) is told of it.
     """
@@ -127,7 +133,14 @@ def build_engine(
     grammars = grammars or GrammarDesk(None)
     processors, grammar = Processors(), Grammar(grammars.library, model.vocab_size)
     processors.append(grammar)
-    strategy = SkipForced(Strategies(processors), grammar)
+    speculating = Speculating(Strategies(processors), grammar)
+    strategy = SkipForced(speculating, grammar)
+    if draft is not None and draft.config.vocab_size != model.vocab_size:
+        raise InvalidField(
+            f"the draft model has {draft.config.vocab_size} tokens, the model {model.vocab_size}: a draft model of the"
+            " same vocabulary is expected",
+            field="draft_model",
+        )
     limits = Limits(config.max_running, token_budget(config, types), model.context_length)
     start = GpuStart(config, limits, CudaMemory(types.device), progress) if types.on_gpu else None
     if start is not None:
@@ -145,6 +158,9 @@ def build_engine(
     desk = AdapterDesk(AdapterManager(Catalog(folder, roots), pool, DecoderWeights(decoder), host_memory))
 
     bytes_per_block = block_bytes(model.layers, model.kv_heads, model.head_dim, types.kv_dtype)
+    if draft is not None:
+        small = draft.config
+        bytes_per_block += block_bytes(small.layers, small.kv_heads, small.head_dim, types.kv_dtype)
     if start is None:
         num_blocks = choose_num_blocks(
             bytes_per_block, config.kv_memory, free_memory(types.device), config.max_running, model.context_length
@@ -172,6 +188,12 @@ def build_engine(
     runner = Runner(decoder, kv, pool.pages, types.ahead, config.max_running)
     if start is not None:
         start.record(runner, limits)
+    draft_model = None
+    if draft is not None:
+        small = draft.config
+        draft_kv = KVCache(small.layers, small.kv_heads, small.head_dim, num_blocks, types.kv_dtype, types.device)
+        draft_runner = Runner(draft, draft_kv, None, types.ahead, config.max_running)
+        draft_model = DraftModel(draft_runner, speculating, limits.token_budget)
     line = memory_line(
         weights=decoder.weight_bytes,
         adapters=pool.capacity_bytes,
@@ -191,6 +213,7 @@ def build_engine(
         desk,
         model.eos_token_ids,
         grammars=grammars,
+        drafter=Drafter(scheduler, speculating, draft_model),
         ahead=types.ahead,
         debug_checks=config.debug_checks,
     )
@@ -241,6 +264,7 @@ def describe(config: EngineConfig, types: Types, engine: Engine) -> ModelInfo:
         kernels=_kernels(types),
         max_weights_bytes=decoder.layout.max_weight_bytes() + MAX_HEADER_BYTES,
         base_fingerprint=decoder.fingerprint,
+        draft_model="" if config.draft_model is None else Path(config.draft_model).name,
     )
 
 

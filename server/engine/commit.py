@@ -7,6 +7,8 @@ import uuid
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import torch
+
 from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
 from lorry.server.decoding.logprobs import token_logprobs
 from lorry.server.engine.batch import Batch, Observed, Scored
@@ -41,6 +43,14 @@ class Flight:
         return self.pending is None and bool(self.batch.deciding or self.batch.scored or self.batch.observed)
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a sequence's logits are, and the draft that they are of."""
+
+    rows: range
+    draft: tuple[int, ...]
+
+
 class Committer:
     """Applies what the strategy decides; everything that leaves goes to `outbox`."""
 
@@ -64,7 +74,9 @@ class Committer:
         None: `commit` has to decide, since a row of the step forks or the strategy wants to see its logits.
         """
         sequences = [piece.sequence for piece in batch.deciding]
-        if not sequences or batch.scored or batch.observed or not all(map(self._can_begin, sequences)):
+        if not sequences or batch.scored or batch.observed or batch.decided > len(sequences):
+            return None
+        if not all(map(self._can_begin, sequences)):
             return None
         rows = [sequence.row for sequence in sequences if sequence.row is not None]
         pending = self.strategy.begin(rows, output.logits, [sequence.unread for sequence in sequences], output.last)
@@ -100,13 +112,16 @@ class Committer:
         for observed in batch.observed:
             self._observe(observed, output)
         sequences: list[Sequence] = []
-        sources: list[int] = []  # of each sequence, the row of logits
-        for row, piece in enumerate(batch.deciding):
+        sources: list[Source] = []  # of each sequence
+        first = 0
+        for piece in batch.deciding:
+            source = Source(range(first, first + piece.decided), piece.draft)
+            first += piece.decided
             if piece.sequence.status is Status.FINISHED:  # while the step ran
                 continue
             born = self._born(piece.sequence, now)
             sequences += born
-            sources += [row] * len(born)
+            sources += [source] * len(born)
         if not sequences:
             return
         continuations = self._decide(sequences, sources, output)
@@ -209,34 +224,40 @@ class Committer:
         self._take_place(sequence)
         return [sequence, *(self._fork(sequence, index) for index in others)]
 
-    def _decide(self, sequences: list[Sequence], sources: list[int], output: Output) -> list[Continuation]:
-        """Ask the strategy; when it fails, for each row or search alone, and end the requests that fail again."""
-        rows = [sequence.row for sequence in sequences if sequence.row is not None]
+    def _decide(self, sequences: list[Sequence], sources: list[Source], output: Output) -> list[Continuation]:
+        """Ask the strategy; when it fails, for each row or search alone, without drafts, and end the requests that fail
+        again."""
+        rows = [_with_draft(sequence.row, source) for sequence, source in zip(sequences, sources, strict=True)]
         logits, hidden = output.logits, output.hidden
-        if sources != list(range(logits.shape[0])):  # forks: several rows have the same logits
-            logits = logits[sources]
+        places = [place for source in sources for place in source.rows]
+        if places != list(range(logits.shape[0])):  # forks: several rows have the same logits
+            logits = logits[places]
         try:
-            return self.strategy.decide(rows, logits, hidden[sources] if any(map(observes, rows)) else None)
+            return self.strategy.decide(rows, logits, hidden[places] if any(map(observes, rows)) else None)
         except LorryError as error:
             log.warning("%d rows cannot be decided together, trying them one by one: %s", len(rows), error)
         except Exception:
             log.exception("%d rows cannot be decided together, trying them one by one", len(rows))
         continuations: list[Continuation] = []
-        for _, members in groupby(range(len(rows)), key=lambda place: _decided_with(rows[place])):
-            places = list(members)
+        together: dict[tuple[bool, int], list[int]] = {}
+        for place, row in enumerate(rows):
+            together.setdefault(_decided_with(row), []).append(place)
+        for places in together.values():
             if sequences[places[0]].status is Status.FINISHED:  # with another row of its request
                 continue
-            first, last = sources[places[0]], sources[places[-1]] + 1  # the rows of a search are adjacent
+            firsts = [sources[place].rows.start for place in places]
+            alone = [replace(rows[place], draft_token_ids=()) for place in places]
             try:
-                ((_, own),) = self.runner.logits(output, range(first, last))
-                decided = self.strategy.decide([rows[place] for place in places], own, hidden[first:last])
+                own = [logits for first in firsts for _, logits in self.runner.logits(output, range(first, first + 1))]
+                decided = self.strategy.decide(alone, torch.cat(own), hidden[firsts])
             except LorryError as error:
                 self.fail(sequences[places[0]].request, error)
             except Exception:
                 self.fault(sequences[places[0]].request)
             else:
-                continuations += [replace(way, parent=places[way.parent]) for way in decided]
-        return continuations
+                accepted = 0 if sources[places[0]].draft else None
+                continuations += [replace(way, parent=places[way.parent], accepted=accepted) for way in decided]
+        return sorted(continuations, key=lambda way: way.parent)
 
     def _continue(self, sequence: Sequence, ways: list[Continuation], now: float) -> None:
         """Finals are answers. Of the others the first goes on in place, each other one on a fork."""
@@ -264,10 +285,14 @@ class Committer:
         sequence.output += way.token_ids
         if way.logprobs is not None:
             sequence.logprobs += way.logprobs
-        self._show(sequence, len(sequence.output) - way.held, now)
+        if not self._show(sequence, len(sequence.output) - way.held, now) and way.accepted is not None:
+            self.scheduler.accepted(sequence, way.accepted)
 
     def _show(self, sequence: Sequence, end: int, now: float) -> bool:
-        """Show the output before `end`; the first token of it that ends the sequence is the last. Whether one did."""
+        """Show the output before `end`; the first token of it that ends the sequence is the last. Whether one did. A
+        shadow shows nothing, and ends with what it guides."""
+        if sequence.shadowy:
+            return False
         finish: FinishReason | None = None
         for place in range(sequence.shown, end):
             if (finish := self._reason(sequence.request, sequence.output[place], place + 1)) is not None:
@@ -349,7 +374,7 @@ class Committer:
             key=sequence.key,
             group=request.order,
             index=sequence.index,
-            prompt_token_ids=request.prompt,
+            prompt_token_ids=sequence.prompt,
             output_token_ids=sequence.output,
             sampling=request.message.sampling,
             stopping=request.message.stopping,
@@ -362,6 +387,11 @@ class Committer:
         if sequence.status is not Status.FINISHED:
             self.scheduler.finish(sequence)
             self.strategy.release(sequence.key)
+
+
+def _with_draft(row: Row | None, source: Source) -> Row:
+    assert row is not None, "a sequence that decides has its row"
+    return replace(row, draft_token_ids=source.draft) if source.draft else row
 
 
 def _decided_with(row: Row) -> tuple[bool, int]:

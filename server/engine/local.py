@@ -59,11 +59,16 @@ class LocalEngine:
     """`send` commands, `step` or `run`, read `answers`. Build it with a decoder that is loaded."""
 
     def __init__(
-        self, decoder: Decoder, config: EngineConfig, types: Types | None = None, grammars: GrammarDesk | None = None
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        types: Types | None = None,
+        grammars: GrammarDesk | None = None,
+        draft: Decoder | None = None,
     ) -> None:
         self.channel = LocalChannel()
         self.types = types or Types.choose(config)
-        self.engine = build_engine(config, self.types, decoder, self.channel, grammars=grammars)
+        self.engine = build_engine(config, self.types, decoder, self.channel, grammars=grammars, draft=draft)
         self.answers: dict[str, Answer] = {}
         self.replies: dict[int, AdapterReply] = {}
         self.messages: list[EngineMessage] = []

@@ -18,6 +18,7 @@ from lorry.server.engine.adapters import AdapterDesk
 from lorry.server.engine.batch import Runs, build_batch
 from lorry.server.engine.channel import Channel
 from lorry.server.engine.commit import Committer, Flight, failed, internal_error
+from lorry.server.engine.drafter import Drafter
 from lorry.server.engine.grammars import GrammarDesk
 from lorry.server.engine.graphs import page_bucket
 from lorry.server.engine.messages import (
@@ -60,6 +61,7 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         *,
         grammars: GrammarDesk | None = None,
+        drafter: Drafter | None = None,
         ahead: bool = False,
         debug_checks: bool = False,
         clock: Callable[[], float] = time.time,
@@ -69,6 +71,7 @@ class Engine:
         self.runner = runner
         self.adapters = adapters
         self.grammars = grammars or GrammarDesk(None)
+        self.drafter = drafter
         self.report = Report(scheduler)
         self.outbox: list[EngineMessage] = []
         self.committer = Committer(scheduler, runner, strategy, eos_token_ids, self.outbox)
@@ -101,18 +104,28 @@ class Engine:
             self._go_on(command)
         self.adapters.poll(self.report, self.outbox)
         self._expire(self.clock())
-        plan = self.scheduler.plan(self.clock())
+        plan = self._plan()
         self._announce(plan)
+        begun = time.perf_counter()
         before, self._flight = self._flight, self._launch(plan)
         if before is not None:
             self.committer.commit(before, self.clock())
         if self._flight is not None and (self._flight.waits or not self._ahead):
             self.committer.commit(self._flight, self.clock())
             self._flight = None
+            if self.drafter is not None:
+                self.drafter.saw(plan, time.perf_counter() - begun)
         elif self._flight is None and plan.pieces:
             self._run_apart(plan)
         self._send()
         return bool(plan.pieces) or before is not None
+
+    def _plan(self) -> Plan:
+        if self.drafter is None:
+            return self.scheduler.plan(self.clock())
+        plan = self.scheduler.plan(self.clock(), self.drafter.propose())
+        self.drafter.complete(plan)
+        return plan
 
     def _launch(self, plan: Plan) -> Flight | None:
         """Run the plan as one batch; None: there is nothing to run, or that failed."""
@@ -165,11 +178,12 @@ class Engine:
                 return self._run(pieces, [])
             except torch.OutOfMemoryError as error:
                 piece = pieces[0]
-                tokens = piece.end - piece.start
-                if tokens <= LEAST_TOKENS:
+                tokens = piece.stop - piece.start
+                if tokens <= LEAST_TOKENS and not piece.draft:
                     raise OutOfMemory("the device has no memory left for this request") from error
             torch.cuda.empty_cache()
-            pieces = [replace(piece, end=piece.start + max(LEAST_TOKENS, tokens // 2))]
+            end = min(piece.end, piece.start + max(LEAST_TOKENS, tokens // 2))
+            pieces = [replace(piece, end=end, draft=())]
 
     def _segments(self, runs: Runs) -> Segments:
         """The segments of a batch, with the bound of their pages, which a GPU makes room for."""
@@ -265,6 +279,8 @@ class Engine:
         if idle or self.report.due(now):
             self.adapters.measure(self.report)
             self.grammars.measure(self.report)
+            if self.drafter is not None:
+                self.drafter.measure(self.report)
             if stats := self.report.stats(now):
                 self.outbox.append(stats)
         if self.outbox:

@@ -24,6 +24,7 @@ import msgspec
 from lorry.server.params import Dry as Dry
 from lorry.server.params import Mirostat as Mirostat
 from lorry.server.params import SamplingParams as SamplingParams
+from lorry.server.params import Speculation as Speculation
 from lorry.server.params import StoppingParams as StoppingParams
 from lorry.server.params import StructuredOutput as StructuredOutput
 from lorry.server.params import TokenLogprob as TokenLogprob
@@ -254,6 +255,8 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     adapters: AdapterStats | None = None
     grammar_rows: int = 0  # running sequences whose output is structured
     grammar_hits: int = 0  # grammars of requests that were compiled already
+    drafted: dict[str, int] = {}  # tokens that were proposed, by proposer
+    accepted: dict[str, int] = {}  # of these, those that were right
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -279,6 +282,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     kernels: str  # which launchers serve: "native", "native-int16", "reference", "triton"
     max_weights_bytes: int = 0  # of an adapter's file of tensors
     base_fingerprint: str = ""  # of the quantized linears; "" where they are random
+    draft_model: str = ""  # name of the model that proposes tokens; "": there is none
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

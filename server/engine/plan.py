@@ -12,11 +12,29 @@ from lorry.server.errors import LorryError
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Run tokens [start, end) of a sequence; the blocks for them are there."""
+    """Run tokens [start, end) of a sequence, and a draft behind them, whose blocks are there.
+
+    A draft model runs only the draft's last token: it begins behind the end.
+    """
 
     sequence: Sequence
     start: int
     end: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def stop(self) -> int:
+        """The end of what is run, the draft included."""
+        return self.end + len(self.draft)
+
+    @property
+    def decided(self) -> int:
+        """Rows of logits that are decided on, those of its last tokens; for a piece at the end of its sequence."""
+        return min(self.stop - self.start, 1 + len(self.draft))
+
+    def tokens(self) -> list[int]:
+        """Ids of what is run, without an unread token."""
+        return [*self.sequence.tokens(self.start, self.end), *self.draft[max(0, self.start - self.end) :]]
 
 
 @dataclass(slots=True)
@@ -33,25 +51,18 @@ class Plan:
 
     def parts(self) -> list[list[Piece]]:
         """The pieces as they can be run apart: each alone, but those of a search together that are decided together."""
-        parts: list[list[Piece]] = []
+        parts: dict[object, list[Piece]] = {}
         for piece in self.pieces:
-            if parts and _decided_together(parts[-1][0], piece):
-                parts[-1].append(piece)
-            else:
-                parts.append([piece])
-        return parts
+            request = piece.sequence.request
+            together = request.search is not None and piece.end == piece.sequence.length
+            parts.setdefault(request.id if together else piece, []).append(piece)
+        return list(parts.values())
 
 
 def _row_order(piece: Piece) -> tuple[tuple[tuple[int, float], ...], int, int]:
-    request = piece.sequence.request
-    combo = request.combo if piece.end > request.namespace.start else ()
-    return combo, request.order, piece.sequence.index
-
-
-def _decided_together(one: Piece, other: Piece) -> bool:
-    request = one.sequence.request
-    both_decide = one.end == one.sequence.length and other.end == other.sequence.length
-    return request.search is not None and other.sequence.request is request and both_decide
+    sequence = piece.sequence
+    combo = sequence.combo if piece.end > sequence.namespace.start else ()
+    return combo, sequence.request.order, sequence.index
 
 
 def first_share(remaining: int, left: int) -> int:

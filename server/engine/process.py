@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import msgspec
@@ -32,7 +33,7 @@ from lorry.server.engine.messages import Loading, LoadingStage, Ready
 from lorry.server.engine.start.gpu_start import Progress
 from lorry.server.engine.start.memory import processors
 from lorry.server.engine.start.memory_plan import check_fraction
-from lorry.server.errors import LorryError, OutOfMemory
+from lorry.server.errors import InvalidField, LorryError, OutOfMemory
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model
 from lorry.server.model.store import cache_root, resolve_model
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.SIG_IGN)
     try:
         config = engine_config_from_json(sys.stdin.buffer.read())
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, InvalidField) as error:
         log.error("the configuration on stdin is refused: %s", error)
         return EXIT_REFUSED
     channel = SocketChannel(address)
@@ -105,12 +106,19 @@ def _load(config: EngineConfig, types: Types, progress: Progress) -> Decoder:
     )
 
 
+def _load_draft(config: EngineConfig, types: Types, progress: Progress) -> Decoder | None:
+    if config.draft_model is None:
+        return None
+    return _load(replace(config, model=config.draft_model, context_length=None), types, progress)
+
+
 def _on_cpu(config: EngineConfig, types: Types, channel: SocketChannel, progress: Progress) -> Engine:
     decoder = _load(config, types, progress)
     progress("warm up", 0, 3)
     native.library()
     progress("warm up", 1, 3)
-    engine = build_engine(config, types, decoder, channel, grammars=grammar_desk(resolve_model(config.model), decoder))
+    grammars, draft = grammar_desk(resolve_model(config.model), decoder), _load_draft(config, types, progress)
+    engine = build_engine(config, types, decoder, channel, grammars=grammars, draft=draft)
     progress("warm up", 2, 3)
     warm_up(engine)
     progress("warm up", 3, 3)
@@ -126,7 +134,8 @@ def _on_gpu(config: EngineConfig, types: Types, channel: SocketChannel, progress
     try:
         decoder = _load(config, types, progress)
         grammars = grammar_desk(resolve_model(config.model), decoder)
-        engine = build_engine(config, types, decoder, channel, progress, grammars)
+        draft = _load_draft(config, types, progress)
+        engine = build_engine(config, types, decoder, channel, progress, grammars, draft)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             f"the GPU's memory does not suffice to start, gpu_memory_fraction may be too high: {error}"

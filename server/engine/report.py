@@ -35,6 +35,8 @@ class Report:
         self.adapters = AdapterStats({}, {}, (), 0)  # the gauges of it
         self.grammar_compile_seconds: list[float] = []
         self.grammar_hits = 0
+        self.drafted: Counter[str] = Counter()  # tokens by proposer
+        self.accepted: Counter[str] = Counter()
         self._preemptions = 0
         self._next = 0.0
         self._last: tuple[object, ...] = ()
@@ -64,7 +66,8 @@ class Report:
             (GRAMMAR_COMPILE_SECONDS, self.grammar_compile_seconds),
         )
         histograms = [Histogram(name, values) for name, values in observed if values]
-        gained = preemptions or self.adapter_loads or self.adapter_evictions or histograms or self.grammar_hits
+        counted = (preemptions, self.adapter_loads, self.adapter_evictions, self.grammar_hits, self.drafted)
+        gained = histograms or any(counted)
         self._next = now + INTERVAL
         if not gained and self._last == (*gauges, self.adapters_loaded, adapters):
             return None
@@ -83,6 +86,8 @@ class Report:
             adapters=adapters,
             grammar_rows=grammar_rows,
             grammar_hits=self.grammar_hits,
+            drafted=dict(self.drafted),
+            accepted=dict(self.accepted),
         )
         empty = msgspec.structs.replace(adapters, found={}, host_evictions=0)
         self._last = (*gauges, self.adapters_loaded, empty)
@@ -91,6 +96,7 @@ class Report:
         self.adapter_loads, self.adapter_evictions = Counter(), 0
         self.adapter_copy_seconds, self.adapter_host_evictions, self.adapters_found = [], 0, Counter()
         self.grammar_compile_seconds, self.grammar_hits = [], 0
+        self.drafted, self.accepted = Counter(), Counter()
         return stats
 
     def _waiting(self) -> tuple[dict[str, int], int]:

@@ -52,10 +52,10 @@ class Runner:
         """
         self.kv.copy_blocks(batch.copies)
         if not self._staged:
-            return self._compute(batch.inputs, len(batch.deciding))
+            return self._compute(batch.inputs, batch.decided)
         if self.graphs is not None and (bucket := self.graphs.find(batch.inputs)) is not None:
             return self.graphs.replay(batch.inputs, bucket)
-        return self._compute(upload(batch.inputs, self.device), len(batch.deciding))
+        return self._compute(upload(batch.inputs, self.device), batch.decided)
 
     def keep(self, tokens: Tensor) -> None:
         """tokens: int64 [D] on the device, which the next batch's `sources` speak of."""

@@ -20,9 +20,9 @@ is admitted; so at most one unit is partly in, and one that is alone always fits
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
 
@@ -33,6 +33,7 @@ from lorry.server.engine.alarms import Alarms
 from lorry.server.engine.plan import Piece, Plan, first_share
 from lorry.server.engine.sequence import Lease, Request, Sequence, Status
 from lorry.server.errors import AlreadyExists, InvalidField, LorryError, OutOfMemory, PromptTooLong
+from lorry.server.params import Guidance
 
 PROTECT_AFTER = 3
 OLDEST_EVERY = 8
@@ -80,6 +81,8 @@ def _rank(sequence: Sequence) -> tuple[bool, int, int, int]:
 def _unit_blocks(request: Request, lengths: SequenceOf[int]) -> int:
     """Blocks that sequences with outputs of these lengths take at most, when they share what a search lets them."""
     assert request.search is not None
+    if isinstance(request.search, Guidance):
+        return sum(blocks_for(len(prompt) + length) for prompt, length in zip(request.prompts, lengths, strict=True))
     prompt, longest = len(request.prompt), max(lengths)
     shared = (prompt + longest - request.search.diverging(longest)) // BLOCK_SIZE
     return shared + sum(blocks_for(prompt + length) - shared for length in lengths)
@@ -99,8 +102,10 @@ def _common(one: Sequence, other: Sequence) -> int:
 
 def _comes_back(request: Request) -> bool:
     """Whether one of a unit computes what the rest of the unit will share."""
-    return request.search is not None and any(
-        each.status is Status.RUNNING and each.length - each.computed > 1 for each in request.sequences
+    return (
+        request.search is not None
+        and request.guidance is None
+        and any(each.status is Status.RUNNING and each.length - each.computed > 1 for each in request.sequences)
     )
 
 
@@ -149,14 +154,15 @@ class Scheduler:
         if request.search is not None:
             self._check_search(request)
         self.requests[request.id] = request
-        sequence = Sequence(request, 0, BlockTable(self.allocator))
-        request.sequences.append(sequence)
-        insort(self.waiting, sequence, key=_rank)
+        for index in range(len(request.prompts)):
+            sequence = Sequence(request, index, BlockTable(self.allocator))
+            request.sequences.append(sequence)
+            insort(self.waiting, sequence, key=_rank)
         self.alarms.set(request)
 
     def _check_search(self, request: Request) -> None:
         """Refuse a search that could not run to its end with all memory for itself."""
-        prompt, new = len(request.prompt), request.message.stopping.max_new_tokens
+        prompt, new = max(map(len, request.prompts)), request.message.stopping.max_new_tokens
         if prompt + new > self.limits.context_length:
             raise PromptTooLong(
                 f"the prompt has {prompt} tokens and {new} are wanted, together there may be"
@@ -178,6 +184,7 @@ class Scheduler:
         child.output = list(parent.output)
         child.logprobs = list(parent.logprobs)
         child.computed, child.registered, child.node = parent.computed, parent.registered, parent.node
+        child.drafted = parent.drafted
         child.shown, child.preemptions, child.status = parent.shown, parent.preemptions, Status.RUNNING
         assert parent.unread == 0, "a fork shares tokens that are known"
         parent.request.sequences.append(child)
@@ -208,10 +215,15 @@ class Scheduler:
 
     # ---------------------------------------------------------------- a step
 
-    def plan(self, now: float) -> Plan:
-        """Choose the pieces of the next step and take the blocks that they write."""
+    def plan(self, now: float, drafts: Mapping[int, tuple[int, ...]] | None = None) -> Plan:
+        """Choose the pieces of the next step and take the blocks that they write.
+
+        drafts: by the sequence's key, what to run behind a token that decodes, if there is room
+        """
         plan = Plan()
         self._decode(plan)
+        if drafts:
+            self._draft(plan, drafts)
         self._prefill(plan, now)
         plan.sort()
         return plan
@@ -226,11 +238,22 @@ class Scheduler:
         Since the launch its sequence may have ended, or have lost its blocks and begun again.
         """
         sequence = piece.sequence
-        if sequence.status is not Status.RUNNING:
-            return
-        while (end := (sequence.registered + 1) * BLOCK_SIZE) <= min(piece.end, sequence.computed):
+        if sequence.status is Status.RUNNING:
+            self._register(sequence, min(piece.end, sequence.computed))
+            if not piece.draft:  # what a draft model has run behind it, if it has, is void
+                sequence.drafted = min(sequence.drafted, piece.end)
+
+    def accepted(self, sequence: Sequence, count: int) -> None:
+        """The first `count` tokens of a draft that has been run are the sequence's now; what was computed of the others
+        is void."""
+        sequence.computed += count
+        sequence.drafted = min(sequence.drafted, sequence.computed)
+        self._register(sequence, sequence.computed)
+
+    def _register(self, sequence: Sequence, computed: int) -> None:
+        while (end := (sequence.registered + 1) * BLOCK_SIZE) <= computed:
             block = sequence.table.blocks[sequence.registered]
-            parent = sequence.request.namespace.before(sequence.registered, sequence.node)
+            parent = sequence.namespace.before(sequence.registered, sequence.node)
             sequence.node = self.index.insert(parent, sequence.tokens(end - BLOCK_SIZE, end), block)
             sequence.registered += 1
 
@@ -265,6 +288,20 @@ class Scheduler:
             plan.copies += sequence.table.prepare(start, end)
         return True
 
+    def _draft(self, plan: Plan, drafts: Mapping[int, tuple[int, ...]]) -> None:
+        """Lengthen the pieces that decode, with blocks and rows of logits that nobody else needs."""
+        left = min(self.limits.token_budget, self.limits.max_running) - len(plan.pieces)
+        for place, piece in enumerate(plan.pieces):
+            table = piece.sequence.table
+            room = min(left, self.limits.context_length - 1 - piece.end)
+            draft = drafts.get(piece.sequence.key, ())[: max(0, room)]
+            if draft and table.cost(piece.start, piece.end + len(draft)) > self.allocator.available:
+                draft = draft[: len(table.blocks) * BLOCK_SIZE - piece.end]
+            if draft:
+                plan.copies += table.prepare(piece.start, piece.end + len(draft))
+                plan.pieces[place] = replace(piece, draft=draft)
+                left -= len(draft)
+
     def _over(self, sequence: Sequence) -> bool:
         """Whether its unread token will be its last, whatever it is."""
         most = sequence.request.message.stopping.max_new_tokens
@@ -273,7 +310,7 @@ class Scheduler:
         )
 
     def _prefill(self, plan: Plan, now: float) -> None:
-        left = max(self.limits.token_budget - len(plan.pieces), BLOCK_SIZE)
+        left = max(self.limits.token_budget - sum(piece.stop - piece.start for piece in plan.pieces), BLOCK_SIZE)
         chunks: list[tuple[Sequence, int]] = []
         started = (s for s in list(self.running) if s.length - s.computed > 1)
         for sequence in chain(started, self._admit(plan, now)):
@@ -334,11 +371,11 @@ class Scheduler:
         sequence.request.resolve()
         limit = sequence.length - 1  # the last token is always computed, its logits are wanted
         request = sequence.request
-        if request.score_from is not None:
+        if request.score_from is not None and not sequence.shadowy:
             limit = min(limit, request.score_from - 1)
         if request.observed is not None and request.observed < len(request.prompt):
             limit = min(limit, request.observed)
-        match = self._of_unit(sequence) or self.index.match(request.namespace, sequence.tokens(0, limit))
+        match = self._of_unit(sequence) or self.index.match(sequence.namespace, sequence.tokens(0, limit))
         self.allocator.share(match.blocks)
         table = BlockTable(self.allocator, match.blocks)
         computed = len(match.blocks) * BLOCK_SIZE
@@ -364,16 +401,17 @@ class Scheduler:
         index may know others of the same content, or none."""
         best, shared = 0, list[int]()
         for each in sequence.request.sequences:
-            if sequence.request.search is not None and each.status is Status.RUNNING:
+            alike = sequence.request.search is not None and each.namespace == sequence.namespace
+            if alike and each.status is Status.RUNNING:
                 found = _common(sequence, each) // BLOCK_SIZE
                 if found >= best:
                     best, shared = found, each.table.blocks[:found]
         if not best:
             return None
-        node: Node = sequence.request.namespace
+        node: Node = sequence.namespace
         for number, block in enumerate(shared):
             tokens = sequence.tokens(number * BLOCK_SIZE, (number + 1) * BLOCK_SIZE)
-            node = self.index.insert(sequence.request.namespace.before(number, node), tokens, block)
+            node = self.index.insert(sequence.namespace.before(number, node), tokens, block)
         return Match(shared, node)
 
     def _start(self, sequence: Sequence, plan: Plan, now: float) -> None:
@@ -381,7 +419,7 @@ class Scheduler:
         if request.lease is not None:
             if not self._runs(request):
                 self.residency.pin(request.lease)
-            request.combo = request.lease.combo if request.namespace.adapters else ()
+            request.combo = request.lease.combo
         self._admitted += 1
         self.waiting.remove(sequence)
         sequence.status = Status.RUNNING
@@ -408,7 +446,8 @@ class Scheduler:
                 self.preemptions += 1
             else:
                 self.waiting.remove(each)
-            each.computed, each.registered, each.node = 0, 0, each.request.namespace
+            each.computed, each.registered, each.node = 0, 0, each.namespace
+            each.drafted = 0
             each.preemptions += 1
         for each in unit:
             insort(self.waiting, each, key=_rank)

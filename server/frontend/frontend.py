@@ -44,13 +44,14 @@ from lorry.server.frontend.request import (
 )
 from lorry.server.frontend.requests import Entry, Requests
 from lorry.server.frontend.sampling_texts import tokenized
+from lorry.server.frontend.speculation import resolved
 from lorry.server.frontend.stop_strings import StopStrings
 from lorry.server.frontend.tokenizer import Tokenizer
 from lorry.server.grammars.job import Vocabulary
 from lorry.server.observability.engine_stats import record
 from lorry.server.observability.logs import request_id_in_logs
 from lorry.server.observability.metrics import Metrics
-from lorry.server.params import SamplingParams
+from lorry.server.params import Guidance, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +214,7 @@ class EngineFrontend:
         continuation: Sequence[int],
         *,
         adapters: tuple[AdapterRef, ...] = (),
+        entropy: bool = False,
         deadline: float | None = None,
     ) -> Score:
         self._check_serving()
@@ -226,7 +228,7 @@ class EngineFrontend:
             adapters=adapters,
             sampling=SamplingParams(temperature=0.0),
             stopping=StoppingCriteria(max_new_tokens=0),
-            response=ResponseOptions(logprobs=1),
+            response=ResponseOptions(logprobs=1, entropy=entropy),
             deadline=deadline,
         )
         scores: tuple[messages.TokenLogprobs, ...] = ()
@@ -236,7 +238,11 @@ class EngineFrontend:
                     scores = event.logprobs
         if len(scores) != len(continuation):
             raise Draining("the server ended the request before it was scored")
-        return Score(tuple(s.logprob for s in scores), tuple(s.top[0].token_id for s in scores))
+        return Score(
+            tuple(s.logprob for s in scores),
+            tuple(s.top[0].token_id for s in scores),
+            tuple(s.entropy for s in scores if s.entropy is not None),
+        )
 
     async def tokenize(self, prompt: TextPrompt | ChatPrompt, *, add_special_tokens: bool = True) -> list[int]:
         self._require_tokenizer()
@@ -255,6 +261,7 @@ class EngineFrontend:
         entry = self._requests.reserve(request.request_id)
         try:
             token_ids = await self._token_ids(request.prompt)
+            request = await self._with_negative(request)
             await self._check_grammar(request)
             self._check_up()
             handle = self._handle(request, entry, token_ids, score_from)
@@ -263,6 +270,17 @@ class EngineFrontend:
             raise
         self._requests.open(entry, handle)
         return handle
+
+    async def _with_negative(self, request: Request) -> Request:
+        """With the tokens of the negative prompt in its guidance."""
+        guidance = request.sampling.search
+        if request.negative is None or not isinstance(guidance, Guidance):
+            return request
+        negative = tuple(await self._token_ids(request.negative))
+        if not negative:
+            raise InvalidField("the negative prompt has no tokens", field="guidance")
+        guidance = msgspec.structs.replace(guidance, negative=negative)
+        return replace(request, sampling=msgspec.structs.replace(request.sampling, search=guidance))
 
     async def _check_grammar(self, request: Request) -> None:
         wanted = request.sampling.structured_output
@@ -282,7 +300,11 @@ class EngineFrontend:
 
     def _handle(self, request: Request, entry: Entry, token_ids: Sequence[int], score_from: int | None) -> Handle:
         tokenizer, response = self._require_tokenizer(), request.response
-        request = replace(request, sampling=tokenized(request.sampling, request.texts, tokenizer))
+        sampling = msgspec.structs.replace(
+            tokenized(request.sampling, request.texts, tokenizer),
+            speculation=resolved(request.speculation, self._config.engine),
+        )
+        request = replace(request, sampling=sampling)
         command = generate_command(request, entry.wire_id, token_ids, self.model_info)
         if score_from is not None:
             command = msgspec.structs.replace(command, prompt_logprobs_from=score_from, prompt_end=score_from)

@@ -177,6 +177,7 @@ class Frontend(Protocol):
         continuation: Sequence[int],
         *,
         adapters: tuple[AdapterRef, ...] = (),
+        entropy: bool = False,
         deadline: float | None = None,
     ) -> Score:
         """Log-probabilities of a given continuation; errors as of `submit` and the handle."""

@@ -10,8 +10,10 @@ import enum
 import secrets
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lorry.server.engine.messages import AdapterRef, FinishReason, SamplingParams, Timings, TokenLogprobs
+from lorry.server.params import Proposer
 
 
 def fresh_seed() -> int:
@@ -114,6 +116,18 @@ class BestOf:
     ranking: Ranking = Ranking.MEAN
 
 
+@dataclass(frozen=True, slots=True)
+class SpeculationWish:
+    """What a client says of tokens proposed ahead; `frontend/speculation.py` fills in what it leaves to the server."""
+
+    proposer: Proposer | Literal["off"] | None = None
+    """None: the server's default."""
+    max_draft_tokens: int | None = None
+    """None: the server's default."""
+    adaptive: bool = True
+    """Fewer are proposed, or none, while more do not pay."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One generation request; ranges that need no model have been checked by whoever built it."""
@@ -126,6 +140,9 @@ class Request:
     stopping: StoppingCriteria = StoppingCriteria()
     response: ResponseOptions = ResponseOptions()
     best_of: BestOf | None = None
+    negative: Prompt | None = None
+    """Of a guidance among `sampling`, whose tokens are still to be filled in."""
+    speculation: SpeculationWish = SpeculationWish()
     priority: int = 0
     """Higher first."""
     cache_salt: str = ""
@@ -196,3 +213,5 @@ class Score:
 
     logprobs: tuple[float, ...]
     greedy_token_ids: tuple[int, ...]
+    entropies: tuple[float, ...] = ()
+    """In nats; none unless asked for."""

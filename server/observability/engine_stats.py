@@ -19,6 +19,7 @@ def record(metrics: Metrics, stats: Stats, now: float | None = None) -> None:
     metrics.preemptions.inc(stats.preemptions)
     metrics.grammar_rows.set(stats.grammar_rows)
     metrics.grammar_cache_hits.inc(stats.grammar_hits)
+    metrics.speculated(stats.drafted, stats.accepted)
     metrics.adapters_loaded(stats.adapter_loads)
     metrics.adapter_evictions.inc(stats.adapter_evictions)
     metrics.adapter_tier_evictions.labels("device").inc(stats.adapter_evictions)

@@ -25,6 +25,7 @@ COMPILE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 FINISH_REASONS = frozenset({"eos", "stop", "length", "time_limit", "aborted", "cancelled", "deadline", "error"})
 LOAD_RESULTS = frozenset({"ok", "error"})
 TIERS = ("device", "host", "disk")
+PROPOSERS = frozenset({"prompt_lookup", "draft_model"})
 WAITING_SHOWN = 10
 """Adapters that have a series of their own in lorry_adapter_requests_waiting; the rest is "(other)"."""
 GRPC_CODES = frozenset(
@@ -105,6 +106,15 @@ class Metrics:
         )
         self.preemptions = Counter(
             "lorry_preemptions_total", "Sequences whose blocks were taken away, to be recomputed.", registry=r
+        )
+        self.draft_tokens = Counter(
+            "lorry_draft_tokens_total", "Tokens proposed ahead of the model.", ["proposer"], registry=r
+        )
+        self.accepted_tokens = Counter(
+            "lorry_accepted_tokens_total",
+            "Tokens proposed that the model chose too; over lorry_draft_tokens_total: the acceptance.",
+            ["proposer"],
+            registry=r,
         )
         self.grammar_compile = Histogram(
             "lorry_grammar_compile_seconds",
@@ -194,6 +204,9 @@ class Metrics:
             self.requests_finished.labels(reason)
         for result in LOAD_RESULTS:
             self.adapter_loads.labels(result)
+        for proposer in PROPOSERS:
+            self.draft_tokens.labels(proposer)
+            self.accepted_tokens.labels(proposer)
         for tier in TIERS:
             self.adapters.labels(tier)
             self.adapter_requests.labels(tier)
@@ -220,6 +233,12 @@ class Metrics:
         """Count loads that ended, by one of LOAD_RESULTS."""
         for result, count in by_result.items():
             self.adapter_loads.labels(result if result in LOAD_RESULTS else "other").inc(count)
+
+    def speculated(self, drafted: Mapping[str, int], accepted: Mapping[str, int]) -> None:
+        """Count tokens proposed and accepted, by one of PROPOSERS."""
+        for counter, counts in ((self.draft_tokens, drafted), (self.accepted_tokens, accepted)):
+            for proposer, count in counts.items():
+                counter.labels(proposer if proposer in PROPOSERS else "other").inc(count)
 
     def adapters_waited_for(self, waiting: Mapping[str, int], others: int) -> None:
         """Set how many requests wait for which adapters; those that most wait for come first."""

@@ -62,8 +62,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Score(self, request: generation_pb2.ScoreRequest, context: _Context) -> generation_pb2.ScoreResponse:
         vocab_size = self._frontend.model_info.vocab_size
         prompt, continuation, adapters = convert.score(request, vocab_size)
-        score = await self._frontend.score(prompt, continuation, adapters=adapters, deadline=deadline_of(context))
-        return generation_pb2.ScoreResponse(logprobs=score.logprobs, greedy_token_ids=score.greedy_token_ids)
+        score = await self._frontend.score(
+            prompt, continuation, adapters=adapters, entropy=request.entropy, deadline=deadline_of(context)
+        )
+        return generation_pb2.ScoreResponse(
+            logprobs=score.logprobs, greedy_token_ids=score.greedy_token_ids, entropies=score.entropies
+        )
 
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: _Context

@@ -175,6 +175,7 @@ def model_info(info: messages.ModelInfo) -> control_pb2.GetModelInfoResponse:
         adapter_pages=info.adapter_pages,
         kernels=info.kernels,
         base_fingerprint=info.base_fingerprint,
+        draft_model=info.draft_model,
     )
 
 

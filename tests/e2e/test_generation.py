@@ -290,7 +290,7 @@ def test_the_context_ends_an_answer(stub: Any, control: Any) -> None:
 
 
 def test_logprobs_agree_with_score(stub: Any) -> None:
-    answer = generate(stub, "response { logprobs: 3 prompt_logprobs: true }")
+    answer = generate(stub, "response { logprobs: 3 prompt_logprobs: true entropy: true }")
     completion = answer.completions[0]
     assert [entry.token_id for entry in completion.logprobs] == list(completion.token_ids)
     for entry in completion.logprobs:
@@ -300,9 +300,11 @@ def test_logprobs_agree_with_score(stub: Any) -> None:
         assert [rival.logprob for rival in entry.top] == sorted((r.logprob for r in entry.top), reverse=True)
         assert len(entry.top) == 3
         assert entry.logprob <= 0
-    score = stub.Score(gn.ScoreRequest(text="The ferry leaves", continuation=gn.TokenIds(ids=completion.token_ids)))
+    continuation = gn.TokenIds(ids=completion.token_ids)
+    score = stub.Score(gn.ScoreRequest(text="The ferry leaves", continuation=continuation, entropy=True))
     assert list(score.greedy_token_ids) == list(completion.token_ids)
     assert list(score.logprobs) == pytest.approx([e.logprob for e in completion.logprobs], abs=1e-3)
+    assert list(score.entropies) == pytest.approx([e.entropy for e in completion.logprobs], abs=1e-3)
     ids = list(stub.Tokenize(gn.TokenizeRequest(text="The ferry leaves")).token_ids)
     assert [entry.token_id for entry in answer.prompt_logprobs] == ids[1:]
     score = stub.Score(gn.ScoreRequest(token_ids=gn.TokenIds(ids=ids[:1]), continuation=gn.TokenIds(ids=ids[1:])))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -33,7 +34,7 @@ from lorry.server.engine.messages import (
 from lorry.server.errors import InvalidField
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model
-from lorry.server.params import BeamSearch, ContrastiveSearch, StructuredOutput
+from lorry.server.params import BeamSearch, ContrastiveSearch, Speculation, StructuredOutput
 
 VOCAB, EOS = 49_152, 2
 SHAPE = {
@@ -99,7 +100,7 @@ Build = Callable[..., LocalEngine]
 def engine_of(wide: Decoder, desk: GrammarDesk, adapters: Path) -> Iterator[Build]:
     engines: list[LocalEngine] = []
 
-    def make(blocks: int = 200, **changes: Any) -> LocalEngine:
+    def make(blocks: int = 200, draft: Decoder | None = None, **changes: Any) -> LocalEngine:
         model = wide.config
         settings: dict[str, Any] = {
             "kv_dtype": "float32",
@@ -111,7 +112,7 @@ def engine_of(wide: Decoder, desk: GrammarDesk, adapters: Path) -> Iterator[Buil
             "token_budget": 64,
             "debug_checks": True,
         }
-        engine = LocalEngine(wide, EngineConfig(**settings | changes), grammars=desk)
+        engine = LocalEngine(wide, EngineConfig(**settings | changes), grammars=desk, draft=draft)
         engines.append(engine)
         return engine
 
@@ -179,6 +180,31 @@ def test_every_answer_is_a_text_of_its_language(engine_of: Build, tokenizer: Tok
         assert {i: c.token_ids for i, c in alone.completions.items()} == {
             i: c.token_ids for i, c in answer.completions.items()
         }
+
+
+def test_speculation_changes_no_token(engine_of: Build, wide: Decoder) -> None:
+    """Nor do several sequences and adapters; what is proposed is of the language, and forced tokens are left alone."""
+    cases: list[dict[str, Any]] = [
+        {"wanted": DATE, "temperature": 0.0},
+        {"wanted": schema(), "seed": 4, "n": 2},
+        {"wanted": LONG, "seed": 9, "adapters": "a"},
+        {"wanted": LONG, "seed": 10, "temperature": 0.3},
+        {"wanted": schema(True), "seed": 6},
+    ]
+    messages = [request(f"r{place}", **case) for place, case in enumerate(cases)]
+    expected = [answer.completions for answer in engine_of().generate(*messages)]
+    for proposer in ("prompt_lookup", "draft_model"):
+        wanted = Speculation(proposer, 5, adaptive=False)
+        engine = engine_of(draft=wide)
+        sampling = [msgspec.structs.replace(each.sampling, speculation=wanted) for each in messages]
+        again = [msgspec.structs.replace(each, sampling=new) for each, new in zip(messages, sampling, strict=True)]
+        for answer, plain in zip(engine.generate(*again), expected, strict=True):
+            assert answer.error is None, answer.error
+            assert {i: c.token_ids for i, c in answer.completions.items()} == {i: c.token_ids for i, c in plain.items()}
+        engine.engine._send(idle=True)
+        engine.step()
+        accepted = sum(sum(each.accepted.values()) for each in engine.messages if isinstance(each, Stats))
+        assert accepted > (50 if proposer == "draft_model" else 0)
 
 
 def test_preemption_changes_nothing(engine_of: Build, tokenizer: Tokenizer) -> None:

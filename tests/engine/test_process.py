@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from lorry.server.engine.messages import (
     Loading,
     Ready,
     Shutdown,
+    Speculation,
     Started,
     Stats,
     Tokens,
@@ -108,11 +111,12 @@ def queued(stats: list[Stats]) -> int:
 
 
 def test_from_spawn_to_exit(frontend: Frontend, config: EngineConfig, generate: Any) -> None:
-    process = frontend.start(config)
+    process = frontend.start(replace(config, draft_model=config.model))
     ready = frontend.until(lambda message: isinstance(message, Ready))
     assert isinstance(ready, Ready) and ready.pid == process.pid
     assert ready.model.vocab_size == 131 and ready.model.context_length == 300 and ready.model.block_size == 16
     assert "/" not in ready.model.name and ready.model_folder == config.model
+    assert ready.model.draft_model == ready.model.name
     stages = [message.stage for message in frontend.seen[:-1] if isinstance(message, Loading)]
     assert list(dict.fromkeys(stages)) == ["load", "warm up"]
 
@@ -120,7 +124,7 @@ def test_from_spawn_to_exit(frontend: Frontend, config: EngineConfig, generate: 
         process.send_signal(number)
     frontend.send(
         generate("a", [5, 6, 7], 5, adapters={"a": 1.0}, arrival=time.time()),
-        generate("b", list(range(2, 40)), 5, n=2),
+        generate("b", list(range(2, 40)), 5, n=2, shaping={"speculation": Speculation("draft_model")}),
         GetAdapters(7, "a"),
     )
     frontend.until(is_last("a"))
@@ -134,6 +138,9 @@ def test_from_spawn_to_exit(frontend: Frontend, config: EngineConfig, generate: 
         frontend.until(lambda message: isinstance(message, Stats))
         stats = frontend.stats()
     assert queued(stats) == 2
+    drafted = sum((Counter(each.drafted) for each in stats), Counter[str]())
+    assert drafted.keys() == {"draft_model"} and drafted["draft_model"] > 0
+    assert all(each.accepted == each.drafted for each in stats), "the model does not agree with itself"
     assert sum(each.adapter_loads.get("ok", 0) for each in stats) == 1 and stats[-1].adapters_loaded == 1
     adapters = [each.adapters for each in stats if each.adapters is not None]
     assert adapters[-1].on_device == ("a",) and adapters[-1].by_tier["device"] == 1 and adapters[-1].room > 0
@@ -171,7 +178,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("given", [b"not json", b'{"max_running": "many"}'])
+@pytest.mark.parametrize("given", [b"not json", b'{"max_running": "many"}', b'{"draft_tokens": 0}'])
 def test_a_bad_configuration_is_refused(frontend: Frontend, given: bytes) -> None:
     done = subprocess.run([*COMMAND, frontend.address], input=given, capture_output=True, timeout=PATIENCE)
     assert done.returncode == EXIT_REFUSED

@@ -30,7 +30,8 @@ def serving(tokenizer):
 
     @asynccontextmanager
     async def serve(script="", **options):
-        limits = {key: options.pop(key) for key in ("max_waiting",) if key in options}
+        engine = ("max_waiting", "speculation", "draft_model", "draft_tokens")
+        limits = {key: options.pop(key) for key in engine if key in options}
         downloads = options.pop("downloads", None)
         config = ServerConfig(engine=EngineConfig(model=script, **limits), restart_backoff=0.05, **options)
         frontend = EngineFrontend(

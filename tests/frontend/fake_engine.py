@@ -123,7 +123,12 @@ def generate(command: m.Generate, out: list[m.EngineMessage], forever: dict[str,
             out.append(
                 m.PromptLogprobs(
                     request_id,
-                    [m.TokenLogprobs(t, -t / 100, 2, (m.TokenLogprob(t + 1, -0.1),)) for t in scored],
+                    [
+                        m.TokenLogprobs(
+                            t, -t / 100, 2, (m.TokenLogprob(t + 1, -0.1),), t / 50 if command.entropy else None
+                        )
+                        for t in scored
+                    ],
                 )
             )
         if kind == FOREVER:

@@ -195,6 +195,9 @@ async def test_scores_and_prompt_logprobs(serving):
         score = await frontend.score(TokenPrompt((ECHO, 9)), [20, 30, 50])
         assert score.logprobs == pytest.approx((-0.2, -0.3, -0.5))
         assert score.greedy_token_ids == (21, 31, 51)
+        assert score.entropies == ()
+        score = await frontend.score(TokenPrompt((ECHO, 9)), [20, 30, 50], entropy=True)
+        assert score.entropies == pytest.approx((0.4, 0.6, 1.0))
         with pytest.raises(InvalidField):
             await frontend.score(TokenPrompt((ECHO,)), [])
         wish = request(ECHO, 20, 30, response=ResponseOptions(prompt_logprobs=True))

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lorry.server.engine.messages import AdapterStats, Histogram, Stats
 from lorry.server.observability.engine_stats import record
-from lorry.server.observability.metrics import FINISH_REASONS, LOAD_RESULTS, TIERS, Metrics
+from lorry.server.observability.metrics import FINISH_REASONS, LOAD_RESULTS, PROPOSERS, TIERS, Metrics
 from lorry.server.observability.page import metrics_page
 
 NAMES = {
@@ -25,6 +25,8 @@ NAMES = {
     "lorry_requests_finished_total": "counter",
     "lorry_grpc_requests_total": "counter",
     "lorry_preemptions_total": "counter",
+    "lorry_draft_tokens_total": "counter",
+    "lorry_accepted_tokens_total": "counter",
     "lorry_adapter_loads_total": "counter",
     "lorry_adapter_evictions_total": "counter",
     "lorry_adapter_load_seconds": "histogram",
@@ -78,6 +80,7 @@ def test_labels_are_bounded():
         metrics.grpc_finished(f"/s/Unknown{number}", f"CODE{number}")
         metrics.request_finished(f"reason{number}")
         metrics.adapters_loaded({f"result{number}": 1})
+        metrics.speculated({f"proposer{number}": 2}, {f"proposer{number}": 1})
     found = samples(metrics)
     calls = {labels: value for (name, labels), value in found.items() if name == "lorry_grpc_requests_total"}
     assert calls == {
@@ -88,6 +91,9 @@ def test_labels_are_bounded():
     assert reasons == FINISH_REASONS | {"other"}
     results = {labels[0][1] for name, labels in found if name == "lorry_adapter_loads_total"}
     assert results == LOAD_RESULTS | {"other"}
+    for name, each in (("lorry_draft_tokens_total", 2), ("lorry_accepted_tokens_total", 1)):
+        counts = {labels[0][1]: value for (found_name, labels), value in found.items() if found_name == name}
+        assert counts == {**dict.fromkeys(PROPOSERS, 0), "other": 100 * each}
 
 
 def test_a_new_engine_replaces_the_build_info():
@@ -124,6 +130,8 @@ def test_the_engines_numbers_are_set_and_added():
             found={"device": 5, "disk": 1},
             host_evictions=7,
         ),
+        drafted={"prompt_lookup": 8, "draft_model": 3},
+        accepted={"prompt_lookup": 5},
     )
     record(metrics, stats)
     record(metrics, stats)
@@ -149,6 +157,10 @@ def test_the_engines_numbers_are_set_and_added():
     }
     for name, values in tiers.items():
         assert tuple(found.get((name, (("tier", tier),))) for tier in TIERS) == values
+    for proposer, drafted, accepted in (("prompt_lookup", 16, 10), ("draft_model", 6, 0)):
+        labels = (("proposer", proposer),)
+        assert found["lorry_draft_tokens_total", labels] == drafted
+        assert found["lorry_accepted_tokens_total", labels] == accepted
     assert found["lorry_adapter_loads_total", (("result", "ok"),)] == 8
     assert found["lorry_adapter_loads_total", (("result", "error"),)] == 2
 

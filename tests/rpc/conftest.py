@@ -60,6 +60,7 @@ MODEL = ModelInfo(
     adapter_pages=55,
     kernels="native",
     base_fingerprint="fedcba9876543210" * 4,
+    draft_model="tinier",
 )
 
 
@@ -228,10 +229,11 @@ class FakeFrontend:
         continuation: Sequence[int],
         *,
         adapters: tuple[AdapterRef, ...] = (),
+        entropy: bool = False,
         deadline: float | None = None,
     ) -> Score:
         self.scored = (prompt, tuple(continuation), adapters, deadline)
-        return Score((-0.5, -1.5), (3, 4))
+        return Score((-0.5, -1.5), (3, 4), (0.25, 0.75) if entropy else ())
 
     async def tokenize(self, prompt: TextPrompt | ChatPrompt, *, add_special_tokens: bool = True) -> list[int]:
         self.tokenized = (prompt, add_special_tokens)

@@ -7,6 +7,8 @@ REVISION = "0123456789abcdef" * 4
 
 _NO_ROLE = 'chat { messages { role: "u" } messages { role: "" } }'
 _NINE = " ".join(f'adapters {{ id: "a{index}" }}' for index in range(9))
+_OFF = "speculation { proposer: SPECULATION_PROPOSER_OFF "
+_LOOKUP = "speculation { proposer: SPECULATION_PROPOSER_PROMPT_LOOKUP } "
 _BIASES = " ".join(f"logit_bias {{ key: {index} value: 1 }}" for index in range(1025))
 
 
@@ -127,6 +129,27 @@ def refused(vocab: int) -> list[tuple[str, str, str]]:
         ("sampling { n: 0 }", "spec.sampling.n", "1 to 16"),
         ("sampling { n: 17 }", "spec.sampling.n", "1 to 16"),
         ("sampling { n: 2 temperature: 0 }", "spec.sampling.n", "greedy sequences of one prompt are equal"),
+        (
+            'guidance { scale: 2 text: "no" } speculation { proposer: SPECULATION_PROPOSER_PROMPT_LOOKUP }',
+            "spec.speculation.proposer",
+            "with guidance",
+        ),
+        ("guidance { scale: 2 }", "spec.guidance", "accepted: text, token_ids, chat or base"),
+        ('guidance { text: "no" }', "spec.guidance.scale", "is not set; accepted: 0 to 20"),
+        ('guidance { scale: 20.5 text: "no" }', "spec.guidance.scale", "is 20.5; accepted: 0 to 20"),
+        ('guidance { scale: nan text: "no" }', "spec.guidance.scale", "nan"),
+        ('guidance { scale: 2 text: "" }', "spec.guidance.text", "at least one character"),
+        ("guidance { scale: 2 token_ids { } }", "spec.guidance.token_ids.ids", "at least one"),
+        (f"guidance {{ scale: 2 token_ids {{ ids: {vocab} }} }}", "spec.guidance.token_ids.ids[0]", f"is {vocab};"),
+        ("guidance { scale: 2 chat { } }", "spec.guidance.chat.messages", "at least one message"),
+        ("guidance { scale: 2 base: true }", "spec.guidance.base", "with adapters"),
+        ('adapters { id: "a" } guidance { scale: 2 base: false }', "spec.guidance.base", "accepted: true"),
+        ('sampling { n: 2 } guidance { scale: 2 text: "no" }', "spec.sampling.n", "1 with guidance"),
+        (
+            'structured_output { regex: "a" skip_forced: true } guidance { scale: 2 text: "no" }',
+            "spec.structured_output.skip_forced",
+            "false with guidance",
+        ),
         ("beam { length_penalty: 2 }", "spec.beam.width", "is not set; it is required"),
         ("beam { width: 1 }", "spec.beam.width", "is 1; accepted: 2 to 16"),
         ("beam { width: 17 }", "spec.beam.width", "is 17; accepted: 2 to 16"),
@@ -197,6 +220,23 @@ def refused(vocab: int) -> list[tuple[str, str, str]]:
             'structured_output { regex: "a" skip_forced: true } response { logprobs: 0 }',
             "spec.structured_output.skip_forced",
             "response.logprobs",
+        ),
+        ("speculation { proposer: 4 }", "spec.speculation.proposer", "is 4; accepted: a SpeculationProposer"),
+        ("speculation { max_draft_tokens: 0 }", "spec.speculation.max_draft_tokens", "is 0; accepted: 1 to 32"),
+        ("speculation { max_draft_tokens: 33 }", "spec.speculation.max_draft_tokens", "1 to 32"),
+        (_OFF + "max_draft_tokens: 4 }", "spec.speculation.max_draft_tokens", "unset with SPECULATION_PROPOSER_OFF"),
+        (_OFF + "adaptive: false }", "spec.speculation.adaptive", "unset with SPECULATION_PROPOSER_OFF"),
+        (_LOOKUP + "beam { width: 2 }", "spec.speculation.proposer", "with beam, whose sequences"),
+        (
+            _LOOKUP + "contrastive { top_k: 4 penalty_alpha: 0 }",
+            "spec.speculation.proposer",
+            "'SPECULATION_PROPOSER_PROMPT_LOOKUP'; accepted: unset, or SPECULATION_PROPOSER_OFF, with contrastive",
+        ),
+        (_LOOKUP + "sampling { mirostat { } }", "spec.speculation.proposer", "with sampling.mirostat"),
+        (
+            _LOOKUP + 'structured_output { regex: "a" skip_forced: true }',
+            "spec.speculation.proposer",
+            "with structured_output.skip_forced",
         ),
         ("response { logprobs: 21 }", "spec.response.logprobs", "0 to 20"),
         ("priority: 1001", "spec.priority", "-1000 to 1000"),

@@ -18,9 +18,9 @@ import lorry
 from lorry.server import errors
 from lorry.server.cli import app
 from lorry.server.commands import config_options, values
-from lorry.server.config import EngineConfig, ServerConfig
+from lorry.server.config import EngineConfig, ServerConfig, engine_config_from_json, to_json
 from lorry.server.engine.messages import AdapterState, Dry, Mirostat
-from lorry.server.frontend.request import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from lorry.server.frontend.request import ChatMessage, ChatPrompt, SpeculationWish, TextPrompt, TokenPrompt
 from lorry.server.params import StructuredOutput
 
 runner = CliRunner()
@@ -110,6 +110,21 @@ async def test_generate_hands_over_mirostat(answering: Any, address: str) -> Non
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
+        ("--speculation off", SpeculationWish("off")),
+        ("--speculation prompt-lookup --draft-tokens 5", SpeculationWish("prompt_lookup", 5)),
+        ("--speculation draft-model --no-adaptive", SpeculationWish("draft_model", None, False)),
+        ("--draft-tokens 3 --adaptive", SpeculationWish(None, 3, True)),
+    ],
+)
+async def test_generate_speculates(answering: Any, address: str, words: str, wanted: SpeculationWish) -> None:
+    result = await lorry_cli("generate", "-s", address, *words.split(), "hello")
+    assert result.exit_code == 0, result.output
+    assert answering[0].request.speculation == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
         (["--json-object"], StructuredOutput("json_object")),
         (["--json-schema", '{"type": "null"}'], StructuredOutput("json_schema", '{"type": "null"}')),
         (["--regex", "[a-z]+", "--skip-forced"], StructuredOutput("regex", "[a-z]+", True)),
@@ -182,6 +197,8 @@ async def test_a_failure_is_one_line_and_exit_code_1(
         ["generate", "--dry", "1,2,-1", "x"],
         ["generate", "--dry-breaker", "a", "x"],
         ["generate", "--bad-word-ids", "1;2", "x"],
+        ["generate", "--speculation", "lookup", "x"],
+        ["generate", "--draft-tokens", "-1", "x"],
         ["serve", "--port", "65536"],
         ["serve", "--max-running", "0"],
         ["serve", "--kv-memory", "much"],
@@ -202,7 +219,8 @@ async def test_no_server_is_said(unused_tcp_port: int) -> None:
 
 async def test_chat_keeps_the_conversation(frontend: Any, answering: Any, address: str) -> None:
     lines = "one\n\n/adapter p=2\ntwo\n/adapter q=x\n/what\n/reset\nthree\n/quit\nfour\n"
-    result = await lorry_cli("chat", "-s", address, "--system", "s", "-t", "0", "-a", "a", stdin=lines)
+    words = f"chat -s {address} --system s -t 0 -a a --speculation off"
+    result = await lorry_cli(*words.split(), stdin=lines)
     assert result.exit_code == 0
     assert result.stdout == "aä\n" * 3
     requests = [handle.request for handle in answering]
@@ -212,6 +230,7 @@ async def test_chat_keeps_the_conversation(frontend: Any, answering: Any, addres
         ["s", "three"],
     ]
     assert [request.adapters[0].id for request in requests] == ["a", "p", "p"]
+    assert {request.speculation for request in requests} == {SpeculationWish("off")}
     assert "'q=x' is no adapter" in result.stderr
     assert "unknown command /what" in result.stderr
 
@@ -267,7 +286,7 @@ def test_serve_has_an_option_for_every_setting(monkeypatch: pytest.MonkeyPatch) 
     assert {parameter.name for parameter in config_options.parameters()} == names - {"engine"}
     arguments = (
         "serve --model m --adapters d --adapter-root x --adapter-root y --kv-memory 3MiB --adapter-memory 5MiB "
-        "--adapter-source hf://org "
+        "--adapter-source hf://org --speculation prompt-lookup --draft-model s --draft-tokens 5 "
         "--metrics-port 0 --threads 2 --dtype bfloat16 --log-format json --drain-timeout 1.5"
     )
     assert runner.invoke(app, arguments.split()).exit_code == 0
@@ -280,8 +299,35 @@ def test_serve_has_an_option_for_every_setting(monkeypatch: pytest.MonkeyPatch) 
         adapter_memory=5 << 20,
         threads=2,
         dtype="bfloat16",
+        speculation="prompt-lookup",
+        draft_model="s",
+        draft_tokens=5,
     )
     assert built.pop() == ServerConfig(engine=engine, metrics_port=0, log_format="json", drain_timeout=1.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("--draft-tokens 0", "--draft-tokens"),
+        ("--draft-tokens 33", "--draft-tokens"),
+        ("--draft-model=", "--draft-model"),
+        ("--speculation draft-model", "--speculation"),
+        ("--speculation ngram", "--speculation"),
+    ],
+)
+def test_serve_refuses_speculation_that_cannot_be(words: str, option: str) -> None:
+    done = runner.invoke(app, ["serve", *words.split()])
+    assert done.exit_code == 2 and option in done.output
+
+
+def test_the_engine_is_told_of_speculation_and_checks_it() -> None:
+    config = EngineConfig(speculation="draft-model", draft_model="small", draft_tokens=32)
+    assert engine_config_from_json(to_json(config)) == config
+    with pytest.raises(errors.InvalidField, match="draft_tokens is 33, 1 to 32"):
+        engine_config_from_json(b'{"draft_tokens": 33}')
+    with pytest.raises(errors.InvalidField, match="draft_model names none"):
+        engine_config_from_json(b'{"speculation": "draft-model"}')
 
 
 def test_serve_refuses_a_wrong_source() -> None:

@@ -13,8 +13,16 @@ from google.protobuf.descriptor import Descriptor
 
 from lorry.server.engine.messages import AdapterRef, Dry, Mirostat
 from lorry.server.errors import InvalidField
-from lorry.server.frontend.request import BestOf, ChatMessage, ChatPrompt, Ranking, TextPrompt, TokenPrompt
-from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping, StructuredOutput
+from lorry.server.frontend.request import (
+    BestOf,
+    ChatMessage,
+    ChatPrompt,
+    Ranking,
+    SpeculationWish,
+    TextPrompt,
+    TokenPrompt,
+)
+from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping, Guidance, StructuredOutput
 from lorry.server.rpc import convert
 from lorry.v1 import adapter_pb2 as ad
 from lorry.v1 import control_pb2 as ct
@@ -54,6 +62,16 @@ ACCEPTED: list[tuple[str, str, object]] = [
         "prompt",
         ChatPrompt((ChatMessage("user", ""),), True),
     ),
+    ('guidance { scale: 0 text: "no" }', "negative", TextPrompt("no")),
+    ('guidance { scale: 20 text: "no" }', "sampling.search", Guidance(20.0, ())),
+    ("guidance { scale: 2 token_ids { ids: 3 } }", "negative", TokenPrompt((3,))),
+    (
+        'guidance { scale: 2 chat { messages { role: "user" content: "u" } add_generation_prompt: false } }',
+        "negative",
+        ChatPrompt((ChatMessage("user", "u"),), False),
+    ),
+    ('adapters { id: "a" } guidance { scale: 1.5 base: true }', "sampling.search", Guidance(1.5)),
+    ("", "negative", None),
     ("", "adapters", ()),
     ('adapters { id: "a" }', "adapters", (AdapterRef("a", 1.0, None),)),
     (
@@ -116,6 +134,24 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ("", "best_of", None),
     ("best_of { candidates: 5 } sampling { n: 5 }", "best_of", BestOf(5)),
     ("best_of { candidates: 2 ranking: BEST_OF_RANKING_SUM }", "best_of", BestOf(2, Ranking.SUM)),
+    ("", "speculation", SpeculationWish(None, None, True)),
+    (
+        "speculation { max_draft_tokens: 1 } contrastive { top_k: 4 penalty_alpha: 0 }",
+        "speculation.max_draft_tokens",
+        1,
+    ),
+    ("speculation { proposer: SPECULATION_PROPOSER_OFF } beam { width: 2 }", "speculation", SpeculationWish("off")),
+    (
+        "speculation { proposer: SPECULATION_PROPOSER_PROMPT_LOOKUP max_draft_tokens: 32 adaptive: false }"
+        " best_of { candidates: 2 }",
+        "speculation",
+        SpeculationWish("prompt_lookup", 32, False),
+    ),
+    (
+        "speculation { proposer: SPECULATION_PROPOSER_DRAFT_MODEL adaptive: true } structured_output { regex: 'a' }",
+        "speculation",
+        SpeculationWish("draft_model"),
+    ),
     ("", "stopping.max_new_tokens", None),
     ("stopping { max_new_tokens: 1 min_new_tokens: 1 }", "stopping.max_new_tokens", 1),
     ("stopping { min_new_tokens: 9 }", "stopping.min_new_tokens", 9),

@@ -282,9 +282,12 @@ async def test_score_tokenize_detokenize(frontend: Any, generation: Any) -> None
     )
     assert list(score.logprobs) == [-0.5, -1.5]
     assert list(score.greedy_token_ids) == [3, 4]
+    assert list(score.entropies) == []
     prompt, continuation, refs, deadline = frontend.scored
     assert (prompt, continuation, deadline) == (TokenPrompt((1, 2)), (3, 4), None)
     assert (refs[0].id, refs[0].weight, refs[0].revision) == ("a", 1.0, None)
+    asking = gn.ScoreRequest(text="x", continuation=gn.TokenIds(ids=[3, 4]), entropy=True)
+    assert list((await generation.Score(asking)).entropies) == [0.25, 0.75]
     tokens = await generation.Tokenize(gn.TokenizeRequest(text="", add_special_tokens=False))
     assert list(tokens.token_ids) == [5, 6, 7]
     assert frontend.tokenized == (TextPrompt(""), False)
@@ -374,6 +377,7 @@ async def test_control(frontend: Any, control: Any) -> None:
     assert model.bits_per_linear_weight == 4.125
     assert (model.kernels, model.dtype, model.kv_dtype) == ("native", "float32", "bfloat16")
     assert model.base_fingerprint == "fedcba9876543210" * 4
+    assert model.draft_model == "tinier"
     load = await control.GetLoad(ct.GetLoadRequest())
     assert [value for _, value in load.ListFields()] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     for request_id, found in (("in-flight", True), ("gone", False)):

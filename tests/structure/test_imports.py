@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "lorry.adapters": NAMES | {"lorry.kernels"},
     "lorry.server.errors": set(),
     "lorry.server.params": {"lorry.server.errors"},
-    "lorry.server.config": {"lorry.server.errors"},
+    "lorry.server.config": {"lorry.server.errors", "lorry.server.params"},
     # The messages are a leaf of their own, so that the frontend can speak them without loading the engine.
     "lorry.server.engine.messages": LEAVES,
     "lorry.server.observability": LEAVES | {"lorry.server.engine.messages"},

@@ -26,15 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lorry/v1/control.proto\x12\x08lorry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xab\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.lorry.v1.ServerState\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08services\x18\x04 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\"\x15\n\x13GetModelInfoRequest\"\x9d\x03\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x10\n\x08kv_dtype\x18\n \x01(\t\x12\x15\n\radapter_dtype\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x1e\n\x16\x62its_per_linear_weight\x18\r \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x0e \x01(\x04\x12\x11\n\tkv_blocks\x18\x0f \x01(\r\x12\x12\n\nblock_size\x18\x10 \x01(\r\x12\x15\n\radapter_pages\x18\x11 \x01(\r\x12\x0f\n\x07kernels\x18\x12 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x13 \x01(\t\"\x10\n\x0eGetLoadRequest\"\xe0\x01\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0bmax_running\x18\x03 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x05 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x06 \x01(\r\x12\x1a\n\x12\x61\x64\x61pter_pages_used\x18\x07 \x01(\r\x12\x1b\n\x13\x61\x64\x61pter_pages_total\x18\x08 \x01(\r\x12\x17\n\x0f\x61\x64\x61pters_loaded\x18\t \x01(\r\")\n\x13\x41\x62ortRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"%\n\x14\x41\x62ortRequestResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\"\n\rDrainResponse\x12\x11\n\tin_flight\x18\x01 \x01(\r*\x92\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x03\x12\x15\n\x11SERVER_STATE_DOWN\x10\x04\x32\xfa\x02\n\x0e\x43ontrolService\x12P\n\rGetServerInfo\x12\x1e.lorry.v1.GetServerInfoRequest\x1a\x1f.lorry.v1.GetServerInfoResponse\x12M\n\x0cGetModelInfo\x12\x1d.lorry.v1.GetModelInfoRequest\x1a\x1e.lorry.v1.GetModelInfoResponse\x12>\n\x07GetLoad\x12\x18.lorry.v1.GetLoadRequest\x1a\x19.lorry.v1.GetLoadResponse\x12M\n\x0c\x41\x62ortRequest\x12\x1d.lorry.v1.AbortRequestRequest\x1a\x1e.lorry.v1.AbortRequestResponse\x12\x38\n\x05\x44rain\x12\x16.lorry.v1.DrainRequest\x1a\x17.lorry.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lorry/v1/control.proto\x12\x08lorry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xab\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.lorry.v1.ServerState\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08services\x18\x04 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\"\x15\n\x13GetModelInfoRequest\"\xb2\x03\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x10\n\x08kv_dtype\x18\n \x01(\t\x12\x15\n\radapter_dtype\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x1e\n\x16\x62its_per_linear_weight\x18\r \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x0e \x01(\x04\x12\x11\n\tkv_blocks\x18\x0f \x01(\r\x12\x12\n\nblock_size\x18\x10 \x01(\r\x12\x15\n\radapter_pages\x18\x11 \x01(\r\x12\x0f\n\x07kernels\x18\x12 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x13 \x01(\t\x12\x13\n\x0b\x64raft_model\x18\x14 \x01(\t\"\x10\n\x0eGetLoadRequest\"\xe0\x01\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0bmax_running\x18\x03 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x05 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x06 \x01(\r\x12\x1a\n\x12\x61\x64\x61pter_pages_used\x18\x07 \x01(\r\x12\x1b\n\x13\x61\x64\x61pter_pages_total\x18\x08 \x01(\r\x12\x17\n\x0f\x61\x64\x61pters_loaded\x18\t \x01(\r\")\n\x13\x41\x62ortRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"%\n\x14\x41\x62ortRequestResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\"\n\rDrainResponse\x12\x11\n\tin_flight\x18\x01 \x01(\r*\x92\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x03\x12\x15\n\x11SERVER_STATE_DOWN\x10\x04\x32\xfa\x02\n\x0e\x43ontrolService\x12P\n\rGetServerInfo\x12\x1e.lorry.v1.GetServerInfoRequest\x1a\x1f.lorry.v1.GetServerInfoResponse\x12M\n\x0cGetModelInfo\x12\x1d.lorry.v1.GetModelInfoRequest\x1a\x1e.lorry.v1.GetModelInfoResponse\x12>\n\x07GetLoad\x12\x18.lorry.v1.GetLoadRequest\x1a\x19.lorry.v1.GetLoadResponse\x12M\n\x0c\x41\x62ortRequest\x12\x1d.lorry.v1.AbortRequestRequest\x1a\x1e.lorry.v1.AbortRequestResponse\x12\x38\n\x05\x44rain\x12\x16.lorry.v1.DrainRequest\x1a\x17.lorry.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorry.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVERSTATE']._serialized_start=1162
-  _globals['_SERVERSTATE']._serialized_end=1308
+  _globals['_SERVERSTATE']._serialized_start=1183
+  _globals['_SERVERSTATE']._serialized_end=1329
   _globals['_GETSERVERINFOREQUEST']._serialized_start=101
   _globals['_GETSERVERINFOREQUEST']._serialized_end=123
   _globals['_GETSERVERINFORESPONSE']._serialized_start=126
@@ -42,19 +42,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELINFOREQUEST']._serialized_start=299
   _globals['_GETMODELINFOREQUEST']._serialized_end=320
   _globals['_GETMODELINFORESPONSE']._serialized_start=323
-  _globals['_GETMODELINFORESPONSE']._serialized_end=736
-  _globals['_GETLOADREQUEST']._serialized_start=738
-  _globals['_GETLOADREQUEST']._serialized_end=754
-  _globals['_GETLOADRESPONSE']._serialized_start=757
-  _globals['_GETLOADRESPONSE']._serialized_end=981
-  _globals['_ABORTREQUESTREQUEST']._serialized_start=983
-  _globals['_ABORTREQUESTREQUEST']._serialized_end=1024
-  _globals['_ABORTREQUESTRESPONSE']._serialized_start=1026
-  _globals['_ABORTREQUESTRESPONSE']._serialized_end=1063
-  _globals['_DRAINREQUEST']._serialized_start=1065
-  _globals['_DRAINREQUEST']._serialized_end=1123
-  _globals['_DRAINRESPONSE']._serialized_start=1125
-  _globals['_DRAINRESPONSE']._serialized_end=1159
-  _globals['_CONTROLSERVICE']._serialized_start=1311
-  _globals['_CONTROLSERVICE']._serialized_end=1689
+  _globals['_GETMODELINFORESPONSE']._serialized_end=757
+  _globals['_GETLOADREQUEST']._serialized_start=759
+  _globals['_GETLOADREQUEST']._serialized_end=775
+  _globals['_GETLOADRESPONSE']._serialized_start=778
+  _globals['_GETLOADRESPONSE']._serialized_end=1002
+  _globals['_ABORTREQUESTREQUEST']._serialized_start=1004
+  _globals['_ABORTREQUESTREQUEST']._serialized_end=1045
+  _globals['_ABORTREQUESTRESPONSE']._serialized_start=1047
+  _globals['_ABORTREQUESTRESPONSE']._serialized_end=1084
+  _globals['_DRAINREQUEST']._serialized_start=1086
+  _globals['_DRAINREQUEST']._serialized_end=1144
+  _globals['_DRAINRESPONSE']._serialized_start=1146
+  _globals['_DRAINRESPONSE']._serialized_end=1180
+  _globals['_CONTROLSERVICE']._serialized_start=1332
+  _globals['_CONTROLSERVICE']._serialized_end=1710
 # @@protoc_insertion_point(module_scope)

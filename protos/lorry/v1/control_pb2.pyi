@@ -47,7 +47,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("name", "architecture", "parameters", "layers", "hidden_size", "vocab_size", "context_length", "eos_token_ids", "dtype", "kv_dtype", "adapter_dtype", "device", "bits_per_linear_weight", "weight_bytes", "kv_blocks", "block_size", "adapter_pages", "kernels", "base_fingerprint")
+    __slots__ = ("name", "architecture", "parameters", "layers", "hidden_size", "vocab_size", "context_length", "eos_token_ids", "dtype", "kv_dtype", "adapter_dtype", "device", "bits_per_linear_weight", "weight_bytes", "kv_blocks", "block_size", "adapter_pages", "kernels", "base_fingerprint", "draft_model")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,7 @@ class GetModelInfoResponse(_message.Message):
     ADAPTER_PAGES_FIELD_NUMBER: _ClassVar[int]
     KERNELS_FIELD_NUMBER: _ClassVar[int]
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_MODEL_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     parameters: int
@@ -86,7 +87,8 @@ class GetModelInfoResponse(_message.Message):
     adapter_pages: int
     kernels: str
     base_fingerprint: str
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., adapter_dtype: _Optional[str] = ..., device: _Optional[str] = ..., bits_per_linear_weight: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., adapter_pages: _Optional[int] = ..., kernels: _Optional[str] = ..., base_fingerprint: _Optional[str] = ...) -> None: ...
+    draft_model: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., adapter_dtype: _Optional[str] = ..., device: _Optional[str] = ..., bits_per_linear_weight: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., adapter_pages: _Optional[int] = ..., kernels: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., draft_model: _Optional[str] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

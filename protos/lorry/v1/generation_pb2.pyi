@@ -10,6 +10,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class SpeculationProposer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SPECULATION_PROPOSER_UNSPECIFIED: _ClassVar[SpeculationProposer]
+    SPECULATION_PROPOSER_OFF: _ClassVar[SpeculationProposer]
+    SPECULATION_PROPOSER_PROMPT_LOOKUP: _ClassVar[SpeculationProposer]
+    SPECULATION_PROPOSER_DRAFT_MODEL: _ClassVar[SpeculationProposer]
+
 class EarlyStopping(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     EARLY_STOPPING_UNSPECIFIED: _ClassVar[EarlyStopping]
@@ -31,6 +38,10 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_TIME_LIMIT: _ClassVar[FinishReason]
     FINISH_REASON_ABORTED: _ClassVar[FinishReason]
+SPECULATION_PROPOSER_UNSPECIFIED: SpeculationProposer
+SPECULATION_PROPOSER_OFF: SpeculationProposer
+SPECULATION_PROPOSER_PROMPT_LOOKUP: SpeculationProposer
+SPECULATION_PROPOSER_DRAFT_MODEL: SpeculationProposer
 EARLY_STOPPING_UNSPECIFIED: EarlyStopping
 EARLY_STOPPING_HEURISTIC: EarlyStopping
 EARLY_STOPPING_FIRST: EarlyStopping
@@ -58,7 +69,7 @@ class GenerateStreamRequest(_message.Message):
     def __init__(self, spec: _Optional[_Union[GenerationSpec, _Mapping]] = ...) -> None: ...
 
 class GenerationSpec(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "adapters", "sampling", "beam", "contrastive", "best_of", "stopping", "response", "priority", "cache_salt", "structured_output")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "adapters", "sampling", "beam", "contrastive", "best_of", "guidance", "stopping", "response", "priority", "cache_salt", "structured_output", "speculation")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -68,11 +79,13 @@ class GenerationSpec(_message.Message):
     BEAM_FIELD_NUMBER: _ClassVar[int]
     CONTRASTIVE_FIELD_NUMBER: _ClassVar[int]
     BEST_OF_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     STRUCTURED_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: TokenIds
@@ -82,12 +95,24 @@ class GenerationSpec(_message.Message):
     beam: BeamSearch
     contrastive: ContrastiveSearch
     best_of: BestOf
+    guidance: Guidance
     stopping: StoppingCriteria
     response: ResponseOptions
     priority: int
     cache_salt: str
     structured_output: StructuredOutput
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., beam: _Optional[_Union[BeamSearch, _Mapping]] = ..., contrastive: _Optional[_Union[ContrastiveSearch, _Mapping]] = ..., best_of: _Optional[_Union[BestOf, _Mapping]] = ..., stopping: _Optional[_Union[StoppingCriteria, _Mapping]] = ..., response: _Optional[_Union[ResponseOptions, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., structured_output: _Optional[_Union[StructuredOutput, _Mapping]] = ...) -> None: ...
+    speculation: Speculation
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., beam: _Optional[_Union[BeamSearch, _Mapping]] = ..., contrastive: _Optional[_Union[ContrastiveSearch, _Mapping]] = ..., best_of: _Optional[_Union[BestOf, _Mapping]] = ..., guidance: _Optional[_Union[Guidance, _Mapping]] = ..., stopping: _Optional[_Union[StoppingCriteria, _Mapping]] = ..., response: _Optional[_Union[ResponseOptions, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., structured_output: _Optional[_Union[StructuredOutput, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ...) -> None: ...
+
+class Speculation(_message.Message):
+    __slots__ = ("proposer", "max_draft_tokens", "adaptive")
+    PROPOSER_FIELD_NUMBER: _ClassVar[int]
+    MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTIVE_FIELD_NUMBER: _ClassVar[int]
+    proposer: SpeculationProposer
+    max_draft_tokens: int
+    adaptive: bool
+    def __init__(self, proposer: _Optional[_Union[SpeculationProposer, str]] = ..., max_draft_tokens: _Optional[int] = ..., adaptive: _Optional[bool] = ...) -> None: ...
 
 class StructuredOutput(_message.Message):
     __slots__ = ("json_schema", "json_object", "regex", "choice", "grammar", "skip_forced")
@@ -251,6 +276,20 @@ class BestOf(_message.Message):
     candidates: int
     ranking: BestOfRanking
     def __init__(self, candidates: _Optional[int] = ..., ranking: _Optional[_Union[BestOfRanking, str]] = ...) -> None: ...
+
+class Guidance(_message.Message):
+    __slots__ = ("scale", "text", "token_ids", "chat", "base")
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    scale: float
+    text: str
+    token_ids: TokenIds
+    chat: ChatPrompt
+    base: bool
+    def __init__(self, scale: _Optional[float] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., base: _Optional[bool] = ...) -> None: ...
 
 class StoppingCriteria(_message.Message):
     __slots__ = ("max_new_tokens", "min_new_tokens", "stop", "stop_token_ids", "ignore_eos", "time_limit")
@@ -417,24 +456,28 @@ class Timings(_message.Message):
     def __init__(self, queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("text", "token_ids", "continuation", "adapters")
+    __slots__ = ("text", "token_ids", "continuation", "adapters", "entropy")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CONTINUATION_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    ENTROPY_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: TokenIds
     continuation: TokenIds
     adapters: _containers.RepeatedCompositeFieldContainer[AdapterRef]
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., continuation: _Optional[_Union[TokenIds, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ...) -> None: ...
+    entropy: bool
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., continuation: _Optional[_Union[TokenIds, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ..., entropy: _Optional[bool] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("logprobs", "greedy_token_ids")
+    __slots__ = ("logprobs", "greedy_token_ids", "entropies")
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     GREEDY_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ENTROPIES_FIELD_NUMBER: _ClassVar[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     greedy_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, logprobs: _Optional[_Iterable[float]] = ..., greedy_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    entropies: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, logprobs: _Optional[_Iterable[float]] = ..., greedy_token_ids: _Optional[_Iterable[int]] = ..., entropies: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat", "add_special_tokens")
