@@ -54,6 +54,9 @@ class Guiding(Strategy):
             continuations.append(Continuation(shadows[way.parent], way.token_ids))
         return sorted(continuations, key=lambda way: way.parent)
 
+    def release(self, key: int) -> None:
+        """Nothing is kept here."""
+
 
 def _scale(row: Row) -> float:
     assert isinstance(row.sampling.search, Guidance)
