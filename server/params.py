@@ -94,7 +94,24 @@ class ContrastiveSearch(msgspec.Struct, frozen=True, tag="contrastive"):
         return min(1, tokens)
 
 
-Search = BeamSearch | ContrastiveSearch
+class Guidance(msgspec.Struct, frozen=True, tag="guidance"):
+    """Move the answer away from another distribution; see `lorry.server.decoding.guidance`."""
+
+    scale: float
+    negative: tuple[int, ...] | None = None  # token ids of the negative prompt; None: the prompt, without adapters
+
+    @property
+    def rows(self) -> tuple[str, int]:
+        """The most sequences at once, and the field that says so."""
+        return "guidance", 2
+
+    @property
+    def observes(self) -> bool:
+        """Whether the hidden states of the prompt are wanted."""
+        return False
+
+
+Search = BeamSearch | ContrastiveSearch | Guidance
 
 
 class Speculation(msgspec.Struct, frozen=True):
@@ -128,7 +145,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     structured_output: StructuredOutput | None = None
     seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
     n: int = 1
-    search: Search | None = None  # in place of sampling; its sequences are decided together
+    search: Search | None = None  # its sequences are decided together; but for guidance, in place of sampling
     speculation: Speculation | None = None  # changes no token
 
     @property

@@ -72,6 +72,9 @@ def generate(
     diversity_penalty: options.DiversityPenalty = None,
     contrastive_top_k: options.ContrastiveTopK = None,
     penalty_alpha: options.PenaltyAlpha = None,
+    guidance_scale: options.GuidanceScale = None,
+    negative_prompt: options.NegativePrompt = None,
+    guide_from_base: options.GuideFromBase = None,
     best_of: options.BestOf = None,
     best_of_by: options.BestOfBy = None,
     max_new_tokens: options.MaxNewTokens = None,
@@ -129,6 +132,8 @@ def generate(
         diversity_penalty=diversity_penalty,
         contrastive_top_k=contrastive_top_k,
         penalty_alpha=penalty_alpha,
+        guidance_scale=guidance_scale,
+        guide_from_base=guide_from_base,
         best_of=best_of,
         best_of_by=best_of_by,
         max_new_tokens=max_new_tokens,
@@ -154,6 +159,10 @@ def generate(
     )
     text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
     _set_prompt(spec, text, chat or system is not None, system, token_ids)
+    if negative_prompt is not None:
+        if guidance_scale is None or guide_from_base:
+            raise typer.BadParameter("--negative-prompt needs --guidance-scale, and excludes --guide-from-base")
+        _set_prompt(spec.guidance, negative_prompt, chat or system is not None, system, token_ids)
     if stream:
         _stream(server, spec, timeout, as_json)
     else:
@@ -161,7 +170,11 @@ def generate(
 
 
 def _set_prompt(
-    spec: generation_pb2.GenerationSpec, text: str, chat: bool, system: str | None, token_ids: bool
+    spec: generation_pb2.GenerationSpec | generation_pb2.Guidance,
+    text: str,
+    chat: bool,
+    system: str | None,
+    token_ids: bool,
 ) -> None:
     if chat and token_ids:
         raise typer.BadParameter("--token-ids and --chat exclude each other")

@@ -23,6 +23,8 @@ _OF_STRATEGIES = {  # option: strategy, field
     "diversity_penalty": ("beam", "diversity_penalty"),
     "contrastive_top_k": ("contrastive", "top_k"),
     "penalty_alpha": ("contrastive", "penalty_alpha"),
+    "guidance_scale": ("guidance", "scale"),
+    "guide_from_base": ("guidance", "base"),
     "best_of": ("best_of", "candidates"),
     "best_of_by": ("best_of", "ranking"),
 }
@@ -167,6 +169,17 @@ BestOf = Annotated[
 ]
 BestOfBy = Annotated[
     str | None, _option("--best-of-by", panel=_SEARCH, metavar="mean|sum", help="Of their log-probabilities.")
+]
+GuidanceScale = Annotated[
+    float | None,
+    _option("--guidance-scale", panel=_SEARCH, help="Guidance: how far from what is negative, 0 to 20; 1 is off."),
+]
+NegativePrompt = Annotated[
+    str | None,
+    _option("--negative-prompt", panel=_SEARCH, metavar="TEXT", help="Guidance: a prompt in the place of the prompt."),
+]
+GuideFromBase = Annotated[
+    bool | None, _option("--guide-from-base", panel=_SEARCH, help="Guidance: the same prompt without the adapters.")
 ]
 Number = Annotated[int | None, _option("--n", "-n", panel=_SAMPLING, help="How many answers. Unset: 1.")]
 MaxNewTokens = Annotated[
@@ -322,7 +335,7 @@ def _set_strategy(message: generation_pb2.GenerationSpec, options: dict[str, Any
             continue
         strategy, name = _OF_STRATEGIES[option]
         if message.WhichOneof("strategy") not in (None, strategy):
-            raise typer.BadParameter("beam search, contrastive search and --best-of exclude each other")
+            raise typer.BadParameter("beam search, contrastive search, guidance and --best-of exclude each other")
         part = getattr(message, strategy)
         try:
             if (enum := part.DESCRIPTOR.fields_by_name[name].enum_type) is not None:

@@ -52,9 +52,9 @@ one token and allowed tokens begin as lists. A grammar keeps its matcher per `Ro
 when it meets a new key, and writes -inf for the whole batch at once from one bit mask. A matcher needs each token on
 the host, so such rows cannot begin.
 
-**Guidance.** A request is two sequences of one group: the second one has another combo (no adapter) or
-another prompt, and its whole output is `held`. decide mixes their two logits rows, and continues both with
-the same token.
+**Guidance** (`guidance.py`). A request is two sequences of one group: the second one, its shadow, has another combo (no
+adapter) or another prompt, and the loop tells nothing of it. decide mixes their two rows of logits, has a token chosen
+from the mix, and continues both with it.
 
 State. A strategy and its processors may keep state per `Row.key`, but it must follow from the row's tokens: a
 preempted sequence comes back with the same key and the same tokens, a fork with a new key and its parent's

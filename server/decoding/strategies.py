@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lorry.server.decoding.beam import BeamSearching
 from lorry.server.decoding.contrastive import ContrastiveSearching
+from lorry.server.decoding.guidance import Guiding
 from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
 from lorry.server.decoding.processors import Processors
 from lorry.server.decoding.sampling import Sampling
-from lorry.server.params import BeamSearch, ContrastiveSearch
+from lorry.server.params import BeamSearch, ContrastiveSearch, Guidance
 
 
 class Strategies(Strategy):
@@ -29,6 +30,7 @@ class Strategies(Strategy):
         self.searches: dict[type, Strategy] = {
             BeamSearch: BeamSearching(self.processors),
             ContrastiveSearch: ContrastiveSearching(self.processors),
+            Guidance: Guiding(self.sampling),
         }
 
     def decide(self, rows: Sequence[Row], logits: Tensor, hidden_states: Tensor | None = None) -> list[Continuation]:

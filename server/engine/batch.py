@@ -161,9 +161,9 @@ def combo_runs(pieces: SequenceOf[Piece]) -> Runs:
     """Lengths of the runs of rows that share a combo, over the flat batch; tokens before a combo's start have none."""
     runs: list[tuple[int, Combo]] = []
     for piece in pieces:
-        request = piece.sequence.request
-        split = min(max(request.namespace.start, piece.start), piece.stop)
-        for rows, combo in ((split - piece.start, ()), (piece.stop - split, request.combo)):
+        sequence = piece.sequence
+        split = min(max(sequence.namespace.start, piece.start), piece.stop)
+        for rows, combo in ((split - piece.start, ()), (piece.stop - split, sequence.combo)):
             if rows == 0:
                 continue
             if runs and runs[-1][1] == combo:
@@ -182,7 +182,7 @@ def scored_targets(piece: Piece) -> range:
     """Prompt positions whose log-probability this piece yields: those after each of its tokens, where wanted."""
     request = piece.sequence.request
     score_from = request.score_from
-    if score_from is None:
+    if score_from is None or piece.sequence.shadowy:
         return range(0)
     return range(max(piece.start + 1, score_from), min(piece.end + 1, len(request.prompt)))
 

@@ -7,6 +7,8 @@ import uuid
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import torch
+
 from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
 from lorry.server.decoding.logprobs import token_logprobs
 from lorry.server.engine.batch import Batch, Observed, Scored
@@ -237,15 +239,17 @@ class Committer:
         except Exception:
             log.exception("%d rows cannot be decided together, trying them one by one", len(rows))
         continuations: list[Continuation] = []
-        for _, members in groupby(range(len(rows)), key=lambda place: _decided_with(rows[place])):
-            places = list(members)
+        together: dict[tuple[bool, int], list[int]] = {}
+        for place, row in enumerate(rows):
+            together.setdefault(_decided_with(row), []).append(place)
+        for places in together.values():
             if sequences[places[0]].status is Status.FINISHED:  # with another row of its request
                 continue
-            first, last = sources[places[0]].rows.start, sources[places[-1]].rows.start + 1  # a search's are adjacent
+            firsts = [sources[place].rows.start for place in places]
             alone = [replace(rows[place], draft_token_ids=()) for place in places]
             try:
-                ((_, own),) = self.runner.logits(output, range(first, last))
-                decided = self.strategy.decide(alone, own, hidden[first:last])
+                own = [logits for first in firsts for _, logits in self.runner.logits(output, range(first, first + 1))]
+                decided = self.strategy.decide(alone, torch.cat(own), hidden[firsts])
             except LorryError as error:
                 self.fail(sequences[places[0]].request, error)
             except Exception:
@@ -253,7 +257,7 @@ class Committer:
             else:
                 accepted = 0 if sources[places[0]].draft else None
                 continuations += [replace(way, parent=places[way.parent], accepted=accepted) for way in decided]
-        return continuations
+        return sorted(continuations, key=lambda way: way.parent)
 
     def _continue(self, sequence: Sequence, ways: list[Continuation], now: float) -> None:
         """Finals are answers. Of the others the first goes on in place, each other one on a fork."""
@@ -285,7 +289,10 @@ class Committer:
             self.scheduler.accepted(sequence, way.accepted)
 
     def _show(self, sequence: Sequence, end: int, now: float) -> bool:
-        """Show the output before `end`; the first token of it that ends the sequence is the last. Whether one did."""
+        """Show the output before `end`; the first token of it that ends the sequence is the last. Whether one did. A
+        shadow shows nothing, and ends with what it guides."""
+        if sequence.shadowy:
+            return False
         finish: FinishReason | None = None
         for place in range(sequence.shown, end):
             if (finish := self._reason(sequence.request, sequence.output[place], place + 1)) is not None:
@@ -367,7 +374,7 @@ class Committer:
             key=sequence.key,
             group=request.order,
             index=sequence.index,
-            prompt_token_ids=request.prompt,
+            prompt_token_ids=sequence.prompt,
             output_token_ids=sequence.output,
             sampling=request.message.sampling,
             stopping=request.message.stopping,

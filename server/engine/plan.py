@@ -51,25 +51,18 @@ class Plan:
 
     def parts(self) -> list[list[Piece]]:
         """The pieces as they can be run apart: each alone, but those of a search together that are decided together."""
-        parts: list[list[Piece]] = []
+        parts: dict[object, list[Piece]] = {}
         for piece in self.pieces:
-            if parts and _decided_together(parts[-1][0], piece):
-                parts[-1].append(piece)
-            else:
-                parts.append([piece])
-        return parts
+            request = piece.sequence.request
+            together = request.search is not None and piece.end == piece.sequence.length
+            parts.setdefault(request.id if together else piece, []).append(piece)
+        return list(parts.values())
 
 
 def _row_order(piece: Piece) -> tuple[tuple[tuple[int, float], ...], int, int]:
-    request = piece.sequence.request
-    combo = request.combo if piece.end > request.namespace.start else ()
-    return combo, request.order, piece.sequence.index
-
-
-def _decided_together(one: Piece, other: Piece) -> bool:
-    request = one.sequence.request
-    both_decide = one.end == one.sequence.length and other.end == other.sequence.length
-    return request.search is not None and other.sequence.request is request and both_decide
+    sequence = piece.sequence
+    combo = sequence.combo if piece.end > sequence.namespace.start else ()
+    return combo, sequence.request.order, sequence.index
 
 
 def first_share(remaining: int, left: int) -> int:

@@ -33,6 +33,7 @@ from lorry.server.engine.alarms import Alarms
 from lorry.server.engine.plan import Piece, Plan, first_share
 from lorry.server.engine.sequence import Lease, Request, Sequence, Status
 from lorry.server.errors import AlreadyExists, InvalidField, LorryError, OutOfMemory, PromptTooLong
+from lorry.server.params import Guidance
 
 PROTECT_AFTER = 3
 OLDEST_EVERY = 8
@@ -80,6 +81,8 @@ def _rank(sequence: Sequence) -> tuple[bool, int, int, int]:
 def _unit_blocks(request: Request, lengths: SequenceOf[int]) -> int:
     """Blocks that sequences with outputs of these lengths take at most, when they share what a search lets them."""
     assert request.search is not None
+    if isinstance(request.search, Guidance):
+        return sum(blocks_for(len(prompt) + length) for prompt, length in zip(request.prompts, lengths, strict=True))
     prompt, longest = len(request.prompt), max(lengths)
     shared = (prompt + longest - request.search.diverging(longest)) // BLOCK_SIZE
     return shared + sum(blocks_for(prompt + length) - shared for length in lengths)
@@ -99,8 +102,10 @@ def _common(one: Sequence, other: Sequence) -> int:
 
 def _comes_back(request: Request) -> bool:
     """Whether one of a unit computes what the rest of the unit will share."""
-    return request.search is not None and any(
-        each.status is Status.RUNNING and each.length - each.computed > 1 for each in request.sequences
+    return (
+        request.search is not None
+        and request.guidance is None
+        and any(each.status is Status.RUNNING and each.length - each.computed > 1 for each in request.sequences)
     )
 
 
@@ -149,14 +154,15 @@ class Scheduler:
         if request.search is not None:
             self._check_search(request)
         self.requests[request.id] = request
-        sequence = Sequence(request, 0, BlockTable(self.allocator))
-        request.sequences.append(sequence)
-        insort(self.waiting, sequence, key=_rank)
+        for index in range(len(request.prompts)):
+            sequence = Sequence(request, index, BlockTable(self.allocator))
+            request.sequences.append(sequence)
+            insort(self.waiting, sequence, key=_rank)
         self.alarms.set(request)
 
     def _check_search(self, request: Request) -> None:
         """Refuse a search that could not run to its end with all memory for itself."""
-        prompt, new = len(request.prompt), request.message.stopping.max_new_tokens
+        prompt, new = max(map(len, request.prompts)), request.message.stopping.max_new_tokens
         if prompt + new > self.limits.context_length:
             raise PromptTooLong(
                 f"the prompt has {prompt} tokens and {new} are wanted, together there may be"
@@ -247,7 +253,7 @@ class Scheduler:
     def _register(self, sequence: Sequence, computed: int) -> None:
         while (end := (sequence.registered + 1) * BLOCK_SIZE) <= computed:
             block = sequence.table.blocks[sequence.registered]
-            parent = sequence.request.namespace.before(sequence.registered, sequence.node)
+            parent = sequence.namespace.before(sequence.registered, sequence.node)
             sequence.node = self.index.insert(parent, sequence.tokens(end - BLOCK_SIZE, end), block)
             sequence.registered += 1
 
@@ -365,11 +371,11 @@ class Scheduler:
         sequence.request.resolve()
         limit = sequence.length - 1  # the last token is always computed, its logits are wanted
         request = sequence.request
-        if request.score_from is not None:
+        if request.score_from is not None and not sequence.shadowy:
             limit = min(limit, request.score_from - 1)
         if request.observed is not None and request.observed < len(request.prompt):
             limit = min(limit, request.observed)
-        match = self._of_unit(sequence) or self.index.match(request.namespace, sequence.tokens(0, limit))
+        match = self._of_unit(sequence) or self.index.match(sequence.namespace, sequence.tokens(0, limit))
         self.allocator.share(match.blocks)
         table = BlockTable(self.allocator, match.blocks)
         computed = len(match.blocks) * BLOCK_SIZE
@@ -395,16 +401,17 @@ class Scheduler:
         index may know others of the same content, or none."""
         best, shared = 0, list[int]()
         for each in sequence.request.sequences:
-            if sequence.request.search is not None and each.status is Status.RUNNING:
+            alike = sequence.request.search is not None and each.namespace == sequence.namespace
+            if alike and each.status is Status.RUNNING:
                 found = _common(sequence, each) // BLOCK_SIZE
                 if found >= best:
                     best, shared = found, each.table.blocks[:found]
         if not best:
             return None
-        node: Node = sequence.request.namespace
+        node: Node = sequence.namespace
         for number, block in enumerate(shared):
             tokens = sequence.tokens(number * BLOCK_SIZE, (number + 1) * BLOCK_SIZE)
-            node = self.index.insert(sequence.request.namespace.before(number, node), tokens, block)
+            node = self.index.insert(sequence.namespace.before(number, node), tokens, block)
         return Match(shared, node)
 
     def _start(self, sequence: Sequence, plan: Plan, now: float) -> None:
@@ -412,7 +419,7 @@ class Scheduler:
         if request.lease is not None:
             if not self._runs(request):
                 self.residency.pin(request.lease)
-            request.combo = request.lease.combo if request.namespace.adapters else ()
+            request.combo = request.lease.combo
         self._admitted += 1
         self.waiting.remove(sequence)
         sequence.status = Status.RUNNING
@@ -439,7 +446,7 @@ class Scheduler:
                 self.preemptions += 1
             else:
                 self.waiting.remove(each)
-            each.computed, each.registered, each.node = 0, 0, each.request.namespace
+            each.computed, each.registered, each.node = 0, 0, each.namespace
             each.drafted = 0
             each.preemptions += 1
         for each in unit:

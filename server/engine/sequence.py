@@ -11,6 +11,7 @@ from lorry.adapters.activation import activation
 from lorry.server.cache.block_table import BlockTable
 from lorry.server.cache.prefix import Namespace, Node
 from lorry.server.engine.messages import AdapterRef, Generate, Timings, TokenLogprobs
+from lorry.server.params import Guidance
 
 if TYPE_CHECKING:
     from lorry.server.decoding.interface import Row
@@ -60,8 +61,9 @@ class Request:
     grammar: of its structured output, held so that it stays compiled
     adapters, namespace: of what the request runs on, with revisions; void before `resolve`. The namespace has no
         adapters where they are not invoked
+    guidance: None, or what its second sequence runs on, its shadow; shadow: the namespace of that
     wants: ids of its adapters
-    combo: what tokens from `namespace.start` on use, the base before; valid while a sequence runs
+    combo: of its adapters; valid while a sequence runs
     pending: indices of sequences that are not born yet; the first sequence carries the prompt for all of them. Of a
         search: indices that have no answer yet
     search: None, or what decides all of its sequences together: they run, wait and are preempted as one
@@ -79,10 +81,11 @@ class Request:
         self.grammar = grammar
         self.wants = tuple(ref.id for ref in message.adapters)
         self.adapters: tuple[AdapterRef, ...] = ()
-        self.namespace = Namespace()
+        self.namespace = self.shadow = Namespace()
         self.combo: Combo = ()
         self.pending = list(range(message.sampling.n))
         self.search = message.sampling.search
+        self.guidance = self.search if isinstance(self.search, Guidance) else None
         self.observed = 0 if self.search is not None and self.search.observes else None
         self.sequences: list[Sequence] = []
         self.cached_tokens = 0
@@ -100,12 +103,27 @@ class Request:
         if adapters and adapters == self.adapters:
             return
         self.adapters = adapters
+        self.namespace = self._namespace(self.prompt[: self.message.prompt_end])
+        if self.guidance is not None:
+            bare = Namespace(cache_salt=self.message.cache_salt)
+            negative = self.guidance.negative
+            self.shadow = bare if negative is None else self._namespace(list(negative))
+
+    def _namespace(self, prompt: list[int]) -> Namespace:
         start: int | None = 0
         if self.lease is not None and (invocation_tokens := self.lease.invocation_tokens):
-            start = activation(self.prompt[: self.message.prompt_end], invocation_tokens)
-        keys = tuple((ref.id, ref.revision or "", ref.weight) for ref in adapters)
+            start = activation(prompt, invocation_tokens)
+        keys = tuple((ref.id, ref.revision or "", ref.weight) for ref in self.adapters)
         salt = self.message.cache_salt
-        self.namespace = Namespace(cache_salt=salt) if start is None else Namespace(keys, salt, start)
+        return Namespace(cache_salt=salt) if start is None else Namespace(keys, salt, start)
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Of its sequences: the request's, and behind it the shadow's, if it has one."""
+        if self.guidance is None:
+            return [self.prompt]
+        negative = self.guidance.negative
+        return [self.prompt, self.prompt if negative is None else list(negative)]
 
     @property
     def score_from(self) -> int | None:
@@ -133,6 +151,7 @@ class Request:
 class Sequence:
     """One stream of tokens: the request's prompt and an output that grows.
 
+    prompt: the request's, or that of its shadow
     computed: tokens whose keys and values are in `table`'s blocks. A sequence that decodes has all but one computed
     drafted: tokens whose keys and values of the draft model are there
     registered, node: full blocks that the prefix index knows of this sequence, and the node after the last of them
@@ -152,6 +171,7 @@ class Sequence:
         "output",
         "place",
         "preemptions",
+        "prompt",
         "registered",
         "request",
         "row",
@@ -165,13 +185,14 @@ class Sequence:
         self.key = next(_keys)
         self.request = request
         self.index = index
+        self.prompt = request.prompts[index] if request.guidance is not None else request.prompt
         self.table = table
         self.output: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.computed = 0
         self.drafted = 0
         self.registered = 0
-        self.node: Node = request.namespace
+        self.node: Node = self.namespace
         self.status = Status.WAITING
         self.preemptions = 0
         self.shown = 0
@@ -180,9 +201,23 @@ class Sequence:
         self.row: Row | None = None
 
     @property
+    def shadowy(self) -> bool:
+        """Whether it only guides another sequence, and is no part of the answer."""
+        return self.request.guidance is not None and self.index == 1
+
+    @property
+    def namespace(self) -> Namespace:
+        return self.request.shadow if self.shadowy else self.request.namespace
+
+    @property
+    def combo(self) -> Combo:
+        """What its tokens from `namespace.start` on use, the base before; valid while it runs."""
+        return self.request.combo if self.namespace.adapters else ()
+
+    @property
     def length(self) -> int:
         """Tokens of prompt and output, unread ones included."""
-        return len(self.request.prompt) + len(self.output) + self.unread
+        return len(self.prompt) + len(self.output) + self.unread
 
     @property
     def width(self) -> int:
@@ -214,7 +249,7 @@ class Sequence:
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids of positions [start, end), prompt first, then output, without unread ones."""
-        prompt = self.request.prompt
+        prompt = self.prompt
         split = len(prompt)
         if start >= split:
             return self.output[start - split : end - split]

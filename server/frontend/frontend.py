@@ -51,7 +51,7 @@ from lorry.server.grammars.job import Vocabulary
 from lorry.server.observability.engine_stats import record
 from lorry.server.observability.logs import request_id_in_logs
 from lorry.server.observability.metrics import Metrics
-from lorry.server.params import SamplingParams
+from lorry.server.params import Guidance, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -261,6 +261,7 @@ class EngineFrontend:
         entry = self._requests.reserve(request.request_id)
         try:
             token_ids = await self._token_ids(request.prompt)
+            request = await self._with_negative(request)
             await self._check_grammar(request)
             self._check_up()
             handle = self._handle(request, entry, token_ids, score_from)
@@ -269,6 +270,17 @@ class EngineFrontend:
             raise
         self._requests.open(entry, handle)
         return handle
+
+    async def _with_negative(self, request: Request) -> Request:
+        """With the tokens of the negative prompt in its guidance."""
+        guidance = request.sampling.search
+        if request.negative is None or not isinstance(guidance, Guidance):
+            return request
+        negative = tuple(await self._token_ids(request.negative))
+        if not negative:
+            raise InvalidField("the negative prompt has no tokens", field="guidance")
+        guidance = msgspec.structs.replace(guidance, negative=negative)
+        return replace(request, sampling=msgspec.structs.replace(request.sampling, search=guidance))
 
     async def _check_grammar(self, request: Request) -> None:
         wanted = request.sampling.structured_output

@@ -9,6 +9,7 @@ import msgspec
 from lorry.server.engine.messages import Generate, ModelInfo, StoppingParams
 from lorry.server.errors import InvalidField, PromptTooLong
 from lorry.server.frontend.request import Request
+from lorry.server.params import Guidance
 
 
 def check_token_ids(token_ids: Iterable[int], vocab_size: int, field: str) -> None:
@@ -64,8 +65,11 @@ def generate_command(request: Request, wire_id: str, prompt_token_ids: Sequence[
         raise InvalidField("all of allowed_token_ids are bad words", field="sampling.allowed_token_ids")
     if any(adapter.id == model.name for adapter in request.adapters):
         raise InvalidField(f"{model.name!r} is the base: leave adapters empty to use it", field="adapters.id")
-    stopping = request.stopping
-    max_new_tokens = new_tokens(len(prompt_token_ids), stopping.max_new_tokens, model.context_length)
+    stopping, longest = request.stopping, len(prompt_token_ids)
+    if isinstance(sampling.search, Guidance) and sampling.search.negative is not None:
+        check_token_ids(sampling.search.negative, model.vocab_size, "guidance")
+        longest = max(longest, len(sampling.search.negative))
+    max_new_tokens = new_tokens(longest, stopping.max_new_tokens, model.context_length)
     if stopping.min_new_tokens > max_new_tokens:
         raise InvalidField(
             f"min_new_tokens {stopping.min_new_tokens} is more than the {max_new_tokens} that may be generated",

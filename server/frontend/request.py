@@ -140,6 +140,8 @@ class Request:
     stopping: StoppingCriteria = StoppingCriteria()
     response: ResponseOptions = ResponseOptions()
     best_of: BestOf | None = None
+    negative: Prompt | None = None
+    """Of a guidance among `sampling`, whose tokens are still to be filled in."""
     speculation: SpeculationWish = SpeculationWish()
     priority: int = 0
     """Higher first."""

@@ -58,6 +58,7 @@ def generation(spec: generation_pb2.GenerationSpec, present: bool, vocab_size: i
         stopping=_stopping(spec.stopping, vocab_size),
         response=_response(spec.response),
         best_of=strategy.best_of(spec),
+        negative=_negative(spec.guidance, vocab_size),
         speculation=speculation.wish(spec),
         priority=fields.integer("spec.priority", spec.priority, -1000, 1000),
         cache_salt=spec.cache_salt,
@@ -77,6 +78,19 @@ def _prompt(spec: generation_pb2.GenerationSpec, vocab_size: int) -> Prompt:
             return _chat("spec.chat", spec.chat)
         case _:
             raise InvalidField("spec.prompt is not set; accepted: one of text, token_ids, chat", field="spec.prompt")
+
+
+def _negative(guidance: generation_pb2.Guidance, vocab_size: int) -> Prompt | None:
+    """The negative prompt of a guidance, which `strategy.search` has looked at."""
+    match guidance.WhichOneof("negative"):
+        case "text":
+            return _text("spec.guidance.text", guidance.text)
+        case "token_ids":
+            return _token_ids("spec.guidance.token_ids.ids", guidance.token_ids, vocab_size)
+        case "chat":
+            return _chat("spec.guidance.chat", guidance.chat)
+        case _:
+            return None
 
 
 def _text(path: str, value: str) -> TextPrompt:

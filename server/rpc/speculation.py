@@ -40,7 +40,7 @@ def wish(spec: generation_pb2.GenerationSpec) -> SpeculationWish:
 
 def _decided_otherwise(spec: generation_pb2.GenerationSpec) -> str:
     """The field with which no token can be proposed, and why; "": there is none."""
-    if (strategy := spec.WhichOneof("strategy")) in ("beam", "contrastive"):
+    if (strategy := spec.WhichOneof("strategy")) in ("beam", "contrastive", "guidance"):
         return f"{strategy}, whose sequences are decided together"
     if spec.sampling.HasField("mirostat"):
         return "sampling.mirostat, whose cut depends on the token before"

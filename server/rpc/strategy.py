@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorry.server.errors import InvalidField
 from lorry.server.frontend.request import BestOf, Ranking
-from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping, Search
+from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping, Guidance, Search
 from lorry.server.rpc import fields
 from lorry.server.rpc.fields import refuse
 from lorry.v1 import generation_pb2
@@ -12,6 +12,7 @@ from lorry.v1 import generation_pb2
 MAX_WIDTH = 16
 MAX_CANDIDATES = 16
 MAX_CONTRASTIVE = 64
+MAX_SCALE = 20
 SHAPING = {  # fields of SamplingParams that searches honour; the others say how a token is drawn
     "repetition_penalty",
     "presence_penalty",
@@ -40,6 +41,10 @@ def search(spec: generation_pb2.GenerationSpec) -> Search | None:
             if _n(spec) > 1:
                 raise refuse("spec.sampling.n", _n(spec), "1 with contrastive search, which has one answer")
             return _contrastive("spec.contrastive", spec.contrastive)
+        case "guidance":
+            if _n(spec) > 1:
+                raise refuse("spec.sampling.n", _n(spec), "1 with guidance, which has one answer")
+            return _guidance("spec.guidance", spec.guidance, len(spec.adapters))
         case _:
             return None
 
@@ -88,6 +93,21 @@ def _contrastive(path: str, message: generation_pb2.ContrastiveSearch) -> Contra
     if not message.HasField("penalty_alpha"):
         raise InvalidField(f"{path}.penalty_alpha is not set; accepted: 0 to 1", field=f"{path}.penalty_alpha")
     return ContrastiveSearch(top_k, fields.number(f"{path}.penalty_alpha", message.penalty_alpha, 0, 1))
+
+
+def _guidance(path: str, message: generation_pb2.Guidance, adapters: int) -> Guidance:
+    """A negative prompt has no tokens here yet."""
+    negative = message.WhichOneof("negative")
+    if negative is None:
+        raise InvalidField(f"{path} has nothing negative; accepted: text, token_ids, chat or base", field=path)
+    if not message.HasField("scale"):
+        raise InvalidField(f"{path}.scale is not set; accepted: 0 to 20", field=f"{path}.scale")
+    scale = fields.number(f"{path}.scale", message.scale, 0, MAX_SCALE)
+    if negative != "base":
+        return Guidance(scale, ())
+    if not message.base or not adapters:
+        raise refuse(f"{path}.base", message.base, "true, with adapters to be moved away from the base")
+    return Guidance(scale)
 
 
 def _required(

@@ -69,7 +69,7 @@ def _check_skip(spec: generation_pb2.GenerationSpec, path: str) -> None:
     """Raises InvalidField for what forced tokens, which nobody chooses, would pass by."""
     if spec.response.HasField("logprobs"):
         raise refuse(path, True, "false with response.logprobs: what is skipped has none")
-    if (strategy := spec.WhichOneof("strategy")) in ("beam", "contrastive"):
+    if (strategy := spec.WhichOneof("strategy")) in ("beam", "contrastive", "guidance"):
         raise refuse(path, True, f"false with {strategy}, which decides each token")
     for name in _NOT_SKIPPED:
         if getattr(spec.sampling, name):

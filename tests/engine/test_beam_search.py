@@ -365,7 +365,7 @@ def test_ends_from_outside(build: Any, generate: Any, steps: int, way: str) -> N
     assert engine.engine.scheduler.allocator.used == 0 and not engine.engine.scheduler.requests
     ends = [m.index for m in engine.messages if isinstance(m, Tokens) and m.finish is not None]
     assert sorted(ends) == ([] if way == "deadline" else [0, 1])
-    strategy: Any = engine.engine.committer.strategy.inner  # type: ignore[attr-defined]
+    strategy: Any = engine.engine.committer.strategy.inner.inner  # type: ignore[attr-defined]
     assert not strategy.searches[BeamSearch]._searches
 
 

@@ -155,13 +155,13 @@ def test_ends_from_outside_show_nothing_that_is_held(build: Any, generate: Any, 
     completion = engine.answers["r"].completions[0]
     assert completion.token_ids == wanted[: max(0, steps - 2)]
     assert completion.finish is (FinishReason.ABORTED if way == "abort" else FinishReason.TIME_LIMIT)
-    strategy: Any = engine.engine.committer.strategy.inner  # type: ignore[attr-defined]
+    strategy: Any = engine.engine.committer.strategy.inner.inner  # type: ignore[attr-defined]
     assert not strategy.searches[ContrastiveSearch]._texts
 
 
 def test_only_a_step_with_a_contrastive_row_takes_hidden_states(build: Any, generate: Any) -> None:
     engine: LocalEngine = build()
-    strategy: Any = engine.engine.committer.strategy.inner  # type: ignore[attr-defined]
+    strategy: Any = engine.engine.committer.strategy.inner.inner  # type: ignore[attr-defined]
     given: list[tuple[bool, bool]] = []
     decide = strategy.decide
 

@@ -22,7 +22,7 @@ from lorry.server.frontend.request import (
     TextPrompt,
     TokenPrompt,
 )
-from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping, StructuredOutput
+from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping, Guidance, StructuredOutput
 from lorry.server.rpc import convert
 from lorry.v1 import adapter_pb2 as ad
 from lorry.v1 import control_pb2 as ct
@@ -62,6 +62,16 @@ ACCEPTED: list[tuple[str, str, object]] = [
         "prompt",
         ChatPrompt((ChatMessage("user", ""),), True),
     ),
+    ('guidance { scale: 0 text: "no" }', "negative", TextPrompt("no")),
+    ('guidance { scale: 20 text: "no" }', "sampling.search", Guidance(20.0, ())),
+    ("guidance { scale: 2 token_ids { ids: 3 } }", "negative", TokenPrompt((3,))),
+    (
+        'guidance { scale: 2 chat { messages { role: "user" content: "u" } add_generation_prompt: false } }',
+        "negative",
+        ChatPrompt((ChatMessage("user", "u"),), False),
+    ),
+    ('adapters { id: "a" } guidance { scale: 1.5 base: true }', "sampling.search", Guidance(1.5)),
+    ("", "negative", None),
     ("", "adapters", ()),
     ('adapters { id: "a" }', "adapters", (AdapterRef("a", 1.0, None),)),
     (

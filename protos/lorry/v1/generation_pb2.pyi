@@ -69,7 +69,7 @@ class GenerateStreamRequest(_message.Message):
     def __init__(self, spec: _Optional[_Union[GenerationSpec, _Mapping]] = ...) -> None: ...
 
 class GenerationSpec(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "adapters", "sampling", "beam", "contrastive", "best_of", "stopping", "response", "priority", "cache_salt", "structured_output", "speculation")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "adapters", "sampling", "beam", "contrastive", "best_of", "guidance", "stopping", "response", "priority", "cache_salt", "structured_output", "speculation")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class GenerationSpec(_message.Message):
     BEAM_FIELD_NUMBER: _ClassVar[int]
     CONTRASTIVE_FIELD_NUMBER: _ClassVar[int]
     BEST_OF_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
@@ -94,13 +95,14 @@ class GenerationSpec(_message.Message):
     beam: BeamSearch
     contrastive: ContrastiveSearch
     best_of: BestOf
+    guidance: Guidance
     stopping: StoppingCriteria
     response: ResponseOptions
     priority: int
     cache_salt: str
     structured_output: StructuredOutput
     speculation: Speculation
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., beam: _Optional[_Union[BeamSearch, _Mapping]] = ..., contrastive: _Optional[_Union[ContrastiveSearch, _Mapping]] = ..., best_of: _Optional[_Union[BestOf, _Mapping]] = ..., stopping: _Optional[_Union[StoppingCriteria, _Mapping]] = ..., response: _Optional[_Union[ResponseOptions, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., structured_output: _Optional[_Union[StructuredOutput, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., beam: _Optional[_Union[BeamSearch, _Mapping]] = ..., contrastive: _Optional[_Union[ContrastiveSearch, _Mapping]] = ..., best_of: _Optional[_Union[BestOf, _Mapping]] = ..., guidance: _Optional[_Union[Guidance, _Mapping]] = ..., stopping: _Optional[_Union[StoppingCriteria, _Mapping]] = ..., response: _Optional[_Union[ResponseOptions, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., structured_output: _Optional[_Union[StructuredOutput, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ...) -> None: ...
 
 class Speculation(_message.Message):
     __slots__ = ("proposer", "max_draft_tokens", "adaptive")
@@ -274,6 +276,20 @@ class BestOf(_message.Message):
     candidates: int
     ranking: BestOfRanking
     def __init__(self, candidates: _Optional[int] = ..., ranking: _Optional[_Union[BestOfRanking, str]] = ...) -> None: ...
+
+class Guidance(_message.Message):
+    __slots__ = ("scale", "text", "token_ids", "chat", "base")
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    scale: float
+    text: str
+    token_ids: TokenIds
+    chat: ChatPrompt
+    base: bool
+    def __init__(self, scale: _Optional[float] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., base: _Optional[bool] = ...) -> None: ...
 
 class StoppingCriteria(_message.Message):
     __slots__ = ("max_new_tokens", "min_new_tokens", "stop", "stop_token_ids", "ignore_eos", "time_limit")
