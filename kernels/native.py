@@ -68,6 +68,10 @@ _SIGNATURES: dict[str, list[type]] = {
         *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
     ],
     "copy_pieces": [_POINTER] * 4 + [_INT],
+    "vocabulary_draw": [_POINTER, _INT, _INT, *[_POINTER] * 3],
+    "vocabulary_totals": [_POINTER, _INT, _INT, *[_POINTER] * 3],
+    "vocabulary_deviations": [_POINTER, _INT, _INT, _POINTER],
+    "vocabulary_nth": [_POINTER, _INT, _INT, *[_POINTER] * 3],
 }
 
 

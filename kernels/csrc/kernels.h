@@ -24,5 +24,12 @@ EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t 
                     const float *weights, int64_t segments, int64_t adapters);
 EXPORT int copy_pieces(char *target, const int64_t *offsets, const char *const *sources, const int64_t *sizes,
                        int64_t count);
+EXPORT int vocabulary_draw(const float *z, int64_t rows, int64_t n, const float *temperatures, const double *uniforms,
+                           int64_t *tokens);
+EXPORT int vocabulary_totals(const float *z, int64_t rows, int64_t n, const float *temperatures, double *masses,
+                             double *energies);
+EXPORT int vocabulary_deviations(const float *z, int64_t rows, int64_t n, double *deviations);
+EXPORT int vocabulary_nth(const float *z, int64_t rows, int64_t n, const float *values, const int64_t *nth,
+                          int64_t *places);
 
 #endif

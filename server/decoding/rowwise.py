@@ -2,7 +2,8 @@
 
 Measured on two cores, 16 rows × 49,152: `torch.argmax` 1.0 ms, numpy's 0.13 ms; `torch.topk(64)` 2.3 ms,
 `torch.sort` 43 ms, the block maxima of `top_values` 0.6 ms, numpy's vectorised partition 1.3 ms and sort 3.7
-ms. Hence numpy, which shares the memory of a tensor on the CPU; no other tensors come here.
+ms. Hence numpy, which shares the memory of a tensor on the CPU; no other tensors come here. What passes over the whole
+vocabulary more than once is done by `lorry.kernels.vocabulary` where it serves.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lorry.kernels import vocabulary
 
 BLOCK = 16  # elements under one maximum: smaller blocks cost more maxima, larger ones a longer candidate list
 WIDTH = 128  # elements under one partial sum; divides the vocabularies of the Llama family, so that nothing is padded
@@ -34,10 +37,10 @@ def top_values(logits: Tensor, count: int) -> NDArray[np.float32]:
 
     logits: float32 [R, V], no NaN. Returns float32 [R, min(count, V)].
     """
-    vocabulary = logits.shape[1]
-    count = min(count, vocabulary)
+    size = logits.shape[1]
+    count = min(count, size)
     values = logits.numpy()
-    if count * BLOCK * 4 <= vocabulary:
+    if count * BLOCK * 4 <= size:
         values = _candidates(logits, count)
     if count * 4 <= values.shape[1]:
         values = np.partition(values, values.shape[1] - count, axis=1)[:, -count:]
@@ -51,8 +54,8 @@ def _candidates(logits: Tensor, count: int) -> NDArray[np.float32]:
     largest lies in a block whose maximum is at least as large, and fewer than `count` other blocks have a
     larger one.
     """
-    rows, vocabulary = logits.shape
-    blocks = vocabulary // BLOCK
+    rows, size = logits.shape
+    blocks = size // BLOCK
     body = logits[:, : blocks * BLOCK].view(rows, BLOCK, blocks)
     maxima = body.amax(dim=1).numpy()
     chosen = np.argpartition(maxima, blocks - count, axis=1)[:, -count:]
@@ -65,6 +68,8 @@ def nth_equal(logits: Tensor, values: NDArray[np.float32], nth: Ints) -> Ints:
 
     logits: float32 [R, V]; values: float32 [R]; nth: int64 [R]. Returns int64 [R].
     """
+    if vocabulary.serves(logits):
+        return vocabulary.nth_equal(logits, values, nth)
     equal = logits.numpy() == values[:, None]
     found = np.asarray(equal.argmax(axis=1), np.int64)
     for row in np.flatnonzero(nth):
@@ -94,6 +99,9 @@ def totals(
     logits: float32 [R, V]; temperatures: float32 [R], > 0; with_energy: bool [R], rows that need E
     Returns float64 [R] each, NaN for an E that nobody needs.
     """
+    if vocabulary.serves(logits):
+        mass, energy = vocabulary.totals(logits, temperatures, bool(with_energy.any()))
+        return mass, np.where(with_energy, energy, np.nan)
     p = probabilities(logits, temperatures)
     mass = cumulative_sums(p)[:, -1] / p.amax(dim=1).numpy()
     energy = np.full(len(p), np.nan)
@@ -112,6 +120,8 @@ def deviations(logits: Tensor) -> Doubles:
     Distances are taken from the row's largest logit, so that float32 holds them: one pass less than from the mean. Row
     by row, each in the cache, is three times as fast as all rows at once.
     """
+    if vocabulary.serves(logits):
+        return vocabulary.deviations(logits)
     padded = np.zeros(-(-logits.shape[1] // WIDTH) * WIDTH, np.float32)
     return np.array([_deviation(row, padded) for row in logits.numpy()], np.float64)
 
@@ -142,6 +152,16 @@ def cumulative_sums(p: Tensor) -> Doubles:
     """
     sums = p.view(len(p), -1, WIDTH).sum(dim=2)
     return np.cumsum(sums.numpy(), axis=1, dtype=np.float64)
+
+
+def plain_draw(logits: Tensor, temperatures: NDArray[np.float32], uniform: Doubles) -> Ints:
+    """The inverse of the cumulative distribution of p ∝ exp(z / T) in the order of the token ids.
+
+    logits: float32 [R, V]; temperatures: float32 [R], > 0; uniform: float64 [R] in [0, 1). Returns int64 [R].
+    """
+    if vocabulary.serves(logits):
+        return vocabulary.draw(logits, temperatures, uniform)
+    return draw(probabilities(logits, temperatures), uniform)
 
 
 def draw(p: Tensor, uniform: Doubles) -> Ints:

@@ -31,7 +31,7 @@ from lorry.server.decoding.lists import listed, token_lists
 from lorry.server.decoding.logprobs import token_logprobs
 from lorry.server.decoding.mirostat import Mirostat
 from lorry.server.decoding.processors import Processors
-from lorry.server.decoding.rowwise import Doubles, Ints, argmax, draw, probabilities
+from lorry.server.decoding.rowwise import Doubles, Ints, argmax, plain_draw, probabilities
 from lorry.server.decoding.truncation import TINY, Truncation, truncated, truncated_draw
 
 
@@ -143,7 +143,7 @@ def _greedy(rows: Sequence[Row], logits: Tensor) -> Ints:
 
 
 def _plain(rows: Sequence[Row], logits: Tensor) -> Ints:
-    return draw(probabilities(logits, _temperatures(rows)), _uniforms(rows))
+    return plain_draw(logits, _temperatures(rows), _uniforms(rows))
 
 
 def _truncated(rows: Sequence[Row], logits: Tensor) -> Ints:
