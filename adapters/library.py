@@ -21,8 +21,8 @@ from lorry.adapters.records import DEVICE, DISK, HOST, Counters
 from lorry.adapters.register import Register
 from lorry.adapters.residency import Residency
 
-_SHARE_WAITED = 0.6  # of a core for a load that a request waits for, while sequences run
-_SHARE_UNWAITED = 0.1  # for one that only a command waits for, or a change on disk
+_SHARE_WAITED = 0.8  # of a core for a load that a request waits for, while sequences run
+_SHARE_UNWAITED = 0.07  # for one that only a command waits for, or a change on disk
 _READS_AHEAD = 2  # handed to the loader at a time; later ones stay open to reordering
 
 

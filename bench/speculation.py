@@ -6,7 +6,8 @@ A case is a workload (`editing.py`), a number of streams, a proposer, adapters o
 run in groups of so many streams to their own ends; each group runs with and without proposals, one right after the
 other, and which comes first changes from round to round. A ratio is of the times of one round, in which the machine's
 other tenants disturb both alike; the figure is the median of the rounds. A round that is not timed comes before, so
-that prompts are in the cache of prefixes: what is timed is decoding.
+that prompts are in the cache of prefixes: what is timed is decoding, and a draft model's reading of the prompt. Tokens
+proposed and accepted are those of all timed rounds.
 
 Every answer is compared with that of the same seed without proposals, token by token. Exits with 1 where one differs,
 or where a floor is missed: for one greedy stream by prompt lookup 1.5 times as fast on texts to edit, and at most 5 %

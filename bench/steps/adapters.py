@@ -44,9 +44,11 @@ class RandomAdapters:
     def remove(self) -> None:
         loader.load_adapter = self._read
 
-    def _load(self, place: Place, layout: ModelLayout, dtype: torch.dtype, *others: Any) -> CanonicalAdapter:
+    def _load(
+        self, place: Place, layout: ModelLayout, dtype: torch.dtype, *others: Any, **named: Any
+    ) -> CanonicalAdapter:
         if (place.folder / CONFIG_NAME).exists():
-            return self._read(place, layout, dtype, *others)
+            return self._read(place, layout, dtype, *others, **named)
         return self.make(place.folder.name, layout, dtype)
 
     def make(self, adapter: str, layout: ModelLayout, dtype: torch.dtype) -> CanonicalAdapter:

@@ -21,7 +21,8 @@ from lorry.server.engine.runner import Runner
 
 log = logging.getLogger(__name__)
 
-FADING = 0.9  # of the time of a proposal, with each
+FADING = 0.9  # of the time of a token, with each
+FEW = 2  # tokens that a row catches up with after a draft that was right throughout; they count as one
 
 
 class DraftModel:
@@ -55,10 +56,8 @@ class DraftModel:
     def _propose(self, pieces: list[Piece], drafts: dict[int, list[int]]) -> None:
         going = self._catch_up(pieces, drafts)
         while going := [place for place in going if len(drafts[place]) < len(pieces[place].draft)]:
-            begun = time.perf_counter()
             run = [_newest(pieces[place], drafts[place]) for place in going]
             going = self._next(run, going, drafts)
-            self.seconds = FADING * self.seconds + (1 - FADING) * (time.perf_counter() - begun)
 
     def _catch_up(self, pieces: list[Piece], drafts: dict[int, list[int]]) -> list[int]:
         """Run what the model has not seen of each row, and propose a token; the places of the rows that have one."""
@@ -77,6 +76,7 @@ class DraftModel:
     def _next(self, run: list[Piece], places: list[int], drafts: dict[int, list[int]]) -> list[int]:
         """Run some pieces, and propose a token for the rows at `places`, which are those that decide; the places where
         that does not end the draft."""
+        begun = time.perf_counter()
         batch = build_batch(run, [], lambda runs: None)
         output = self.runner.forward(batch)
         for piece in run:
@@ -85,6 +85,9 @@ class DraftModel:
             return []
         rows = [row for piece in batch.deciding if (row := piece.sequence.row) is not None]
         tokens = self._strategy.propose(rows, [drafts[place] for place in places], output.logits)
+        if max(piece.stop - piece.start for piece in run) <= FEW:
+            seconds = time.perf_counter() - begun
+            self.seconds = FADING * (self.seconds or seconds) + (1 - FADING) * seconds
         going = []
         for place, token in zip(places, tokens, strict=True):
             if token is not None:

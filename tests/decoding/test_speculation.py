@@ -88,6 +88,16 @@ def test_a_row_for_which_nothing_pays_rests_longer_and_longer_and_comes_back() -
     assert pace.length(0, place, 0.2, 8) == 8
 
 
+def test_a_row_rests_again_where_even_what_is_right_does_not_pay() -> None:
+    """A draft model as slow as the model."""
+    pace = Pace()
+    assert pace.length(0, 0, 1.2, 8) == 0
+    assert pace.length(0, REST, 1.2, 8) == PROBE
+    pace.saw(0, REST, PROBE, PROBE)
+    assert pace.rests(0, 3 * REST - 1) and not pace.rests(0, 3 * REST)
+    assert pace.length(0, 3 * REST, 0.1, 8) == 8
+
+
 def drafted(row: Row, draft: Sequence[int]) -> Row:
     return replace(row, draft_token_ids=tuple(draft))
 

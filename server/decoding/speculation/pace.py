@@ -26,6 +26,7 @@ import numpy as np
 FADING = 0.9  # of what was seen, with each proposal
 CONFIDENCE = 4.0  # tokens that the acceptance of other rows counts for
 FIRST_ACCEPTANCE = 0.7
+LEAST, MOST = 0.01, 0.99  # acceptance that is believed
 PROBE = 3  # tokens after a rest
 REST, LONGEST_REST = 16, 256  # tokens
 FORGETTING = 0.98  # of a step's time, with each step
@@ -34,12 +35,14 @@ FIRST_SHARE = 0.05  # β / α before steps of several lengths were seen
 
 @dataclass(slots=True)
 class Seen:
-    """Of one row. until: length of its output from which it may try again; rest: tokens that it rested for last."""
+    """Of one row. until: length of its output from which it may try again; rest: tokens that it rested for last;
+    hopeless: nothing would have paid at the last look, even if all of it came."""
 
     hits: float = 0.0
     misses: float = 0.0
     until: int = 0
     rest: int = 0
+    hopeless: bool = False
 
     def add(self, hits: int, misses: int) -> None:
         self.hits = FADING * self.hits + hits
@@ -84,6 +87,7 @@ class Pace:
         if place < seen.until:
             return 0
         rate = self.acceptance(key)
+        seen.hopeless = share >= MOST
         length = most if share <= 0 else min(most, int(math.log(share) / math.log(rate))) if share < 1 else 0
         if length > 0:
             seen.rest = 0
@@ -104,7 +108,7 @@ class Pace:
         hits, misses = accepted, int(accepted < proposed)
         seen.add(hits, misses)
         self._all.add(hits, misses)
-        if seen.rest and misses:
+        if seen.rest and (misses or seen.hopeless):
             self._rest(seen, place)
 
     def acceptance(self, key: int) -> float:
@@ -112,7 +116,7 @@ class Pace:
         seen, every = self._rows.get(key, Seen()), self._all
         prior = (every.hits + FIRST_ACCEPTANCE) / (every.hits + every.misses + 1)
         rate = (seen.hits + CONFIDENCE * prior) / (seen.hits + seen.misses + CONFIDENCE)
-        return min(max(rate, 0.01), 0.99)
+        return min(max(rate, LEAST), MOST)
 
     def release(self, key: int) -> None:
         self._rows.pop(key, None)
