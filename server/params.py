@@ -114,6 +114,13 @@ class Guidance(msgspec.Struct, frozen=True, tag="guidance"):
 Search = BeamSearch | ContrastiveSearch | Guidance
 
 
+class DoLa(msgspec.Struct, frozen=True):
+    """Contrast the last layer with an earlier one; see `decoding/dola.py`."""
+
+    layers: tuple[int, ...] = ()  # the candidates, rising; 0: the embedding
+    bucket: Literal["low", "high"] | None = None  # a part of the model in their place; the frontend says which they are
+
+
 class Speculation(msgspec.Struct, frozen=True):
     """Tokens proposed ahead and checked together; see `decoding/speculation/`."""
 
@@ -145,14 +152,15 @@ class SamplingParams(msgspec.Struct, frozen=True):
     structured_output: StructuredOutput | None = None
     seed: int = 0  # unsigned 64 bits; the frontend draws one when the client gives none
     n: int = 1
+    dola: DoLa | None = None
     search: Search | None = None  # its sequences are decided together; but for guidance, in place of sampling
     speculation: Speculation | None = None  # changes no token
 
     @property
     def speculates(self) -> bool:
-        """Whether tokens are proposed: not where rows are decided together, where a cut depends on the token before,
-        nor where forced tokens are appended without being run."""
-        drawn_apart = self.search is None and (self.mirostat is None or self.temperature == 0.0)
+        """Whether tokens are proposed: not where rows are decided together, where layers are contrasted, where a cut
+        depends on the token before, nor where forced tokens are appended without being run."""
+        drawn_apart = self.search is None and self.dola is None and (self.mirostat is None or self.temperature == 0.0)
         skips = self.structured_output is not None and self.structured_output.skip_forced
         return self.speculation is not None and drawn_apart and not skips
 

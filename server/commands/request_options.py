@@ -164,6 +164,10 @@ PenaltyAlpha = Annotated[
     float | None,
     _option("--penalty-alpha", panel=_SEARCH, help="Contrastive search: weight of the similarity, 0 to 1."),
 ]
+Dola = Annotated[
+    str | None,
+    _option("--dola", panel=_SEARCH, metavar="low|high|LAYERS", help="DoLa: layers to contrast with, such as 0,2,4."),
+]
 BestOf = Annotated[
     int | None, _option("--best-of", panel=_SEARCH, help="Sample this many answers and keep the --n most likely ones.")
 ]
@@ -282,6 +286,7 @@ def spec(adapters: list[str] | None, **options: Any) -> generation_pb2.Generatio
     if (limit := options.pop("time_limit", None)) is not None:
         message.stopping.time_limit.FromNanoseconds(round(limit * 1e9))
     _set_strategy(message, {name: options.pop(name, None) for name in _OF_STRATEGIES})
+    _set_dola(message, options.pop("dola", None))
     _set_structure(message, options)
     _set_speculation(message, *(options.pop(name, None) for name in ("speculation", "draft_tokens", "adaptive")))
     parts = (message, message.sampling, message.stopping, message.response)
@@ -298,6 +303,20 @@ def spec(adapters: list[str] | None, **options: Any) -> generation_pb2.Generatio
             option = "--" + name.replace("_", "-")
             raise typer.BadParameter(f"{value} does not fit {option}") from None
     return message
+
+
+def _set_dola(message: generation_pb2.GenerationSpec, text: str | None) -> None:
+    from lorry.v1 import generation_pb2
+
+    if text == "low":
+        message.dola.bucket = generation_pb2.LAYER_BUCKET_LOW
+    elif text == "high":
+        message.dola.bucket = generation_pb2.LAYER_BUCKET_HIGH
+    elif text is not None:
+        try:
+            message.dola.layers.extend(values.numbers(text, int, "--dola"))
+        except ValueError:
+            raise typer.BadParameter(f"{text} does not fit --dola") from None
 
 
 def _set_mirostat(sampling: generation_pb2.SamplingParams, text: str | None) -> None:

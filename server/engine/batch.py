@@ -26,6 +26,7 @@ from lorry.server.cache.blocks import BLOCK_SIZE, blocks_for
 from lorry.server.engine.plan import Piece
 from lorry.server.engine.sequence import Combo, Request, Sequence
 from lorry.server.model.inputs import ModelInputs
+from lorry.server.params import DoLa
 
 Runs = tuple[tuple[int, Combo], ...]  # (rows, combo) of adjacent rows, over the flat batch
 
@@ -49,6 +50,18 @@ class Observed:
 
 
 @dataclass(frozen=True, slots=True)
+class Tapped:
+    """A row of logits that DoLa contrasts with those of earlier layers.
+
+    row: of logits; place: among the tapped rows; taps: the layers' indices in `ModelInputs.taps`
+    """
+
+    row: int
+    place: int
+    taps: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step.
 
@@ -56,6 +69,7 @@ class Batch:
         many for each as are `decided`
     scored: the rows behind them
     observed: the rows behind those, of which only the hidden states are looked at
+    tapped: rows of the deciding pieces whose earlier layers are wanted
     """
 
     inputs: ModelInputs
@@ -64,6 +78,7 @@ class Batch:
     deciding: tuple[Piece, ...]
     scored: tuple[Scored, ...]
     observed: tuple[Observed, ...] = ()
+    tapped: tuple[Tapped, ...] = ()
 
     @property
     def decided(self) -> int:
@@ -130,7 +145,10 @@ def build_batch(
             rows.append(int(cu_seqlens[s]) + np.arange(found.start, found.stop) - piece.start)
             next_row += len(found)
 
+    taps, tapped = tapped_rows([pieces[s] for s in deciding])
+
     logits_rows = np.concatenate(rows) if len(rows) > 1 else rows[0]
+    tap_rows = logits_rows[[each.row for each in tapped]] if tapped else None
     runs = combo_runs(pieces)
     adapted = any(combo for _, combo in runs)
     inputs = ModelInputs(
@@ -145,9 +163,30 @@ def build_batch(
         max_query_len=int(lengths.max()),
         logits_segments=build_end_segments(runs, runs_of_rows(runs, logits_rows)) if adapted else None,
         sources=_sources(unread, total) if unread else None,
+        taps=taps,
+        tap_rows=None if tap_rows is None else torch.from_numpy(tap_rows),
+        tap_segments=None
+        if tap_rows is None or not adapted
+        else build_end_segments(runs, runs_of_rows(runs, tap_rows)),
     )
     deciding_pieces = tuple(pieces[s] for s in deciding)
-    return Batch(inputs, tuple(copies), tuple(pieces), deciding_pieces, tuple(scored), tuple(observed))
+    return Batch(inputs, tuple(copies), tuple(pieces), deciding_pieces, tuple(scored), tuple(observed), tapped)
+
+
+def tapped_rows(deciding: SequenceOf[Piece]) -> tuple[tuple[int, ...], tuple[Tapped, ...]]:
+    """The layers that the deciding pieces of a step want together, rising, and which row wants which."""
+    wanted: list[tuple[int, DoLa]] = []
+    row = 0
+    for piece in deciding:
+        if (dola := piece.sequence.request.dola) is not None:
+            wanted.append((row, dola))
+        row += piece.decided
+    if not wanted:
+        return (), ()
+    layers = sorted({layer for _, dola in wanted for layer in dola.layers})
+    return tuple(layers), tuple(
+        Tapped(row, place, tuple(map(layers.index, dola.layers))) for place, (row, dola) in enumerate(wanted)
+    )
 
 
 def _sources(unread: list[tuple[int, int]], total: int) -> torch.Tensor:

@@ -265,6 +265,7 @@ def describe(config: EngineConfig, types: Types, engine: Engine) -> ModelInfo:
         max_weights_bytes=decoder.layout.max_weight_bytes() + MAX_HEADER_BYTES,
         base_fingerprint=decoder.fingerprint,
         draft_model="" if config.draft_model is None else Path(config.draft_model).name,
+        tied_embeddings=decoder.tied_embeddings,
     )
 
 

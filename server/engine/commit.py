@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
+from lorry.server.decoding.dola import contrasted
 from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
 from lorry.server.decoding.logprobs import token_logprobs
-from lorry.server.engine.batch import Batch, Observed, Scored
+from lorry.server.engine.batch import Batch, Observed, Scored, Tapped
 from lorry.server.engine.messages import (
     EngineMessage,
     ErrorInfo,
@@ -45,10 +47,11 @@ class Flight:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a sequence's logits are, and the draft that they are of."""
+    """Where a sequence's logits are, and the draft that they are of, or the layers that they are contrasted with."""
 
     rows: range
     draft: tuple[int, ...]
+    tapped: Tapped | None = None
 
 
 class Committer:
@@ -114,8 +117,9 @@ class Committer:
         sequences: list[Sequence] = []
         sources: list[Source] = []  # of each sequence
         first = 0
+        tapped = {each.row: each for each in batch.tapped}
         for piece in batch.deciding:
-            source = Source(range(first, first + piece.decided), piece.draft)
+            source = Source(range(first, first + piece.decided), piece.draft, tapped.get(first))
             first += piece.decided
             if piece.sequence.status is Status.FINISHED:  # while the step ran
                 continue
@@ -179,6 +183,8 @@ class Committer:
         request = sequence.request
         if request.search is not None or len(request.pending) > 1 or request.message.stopping.max_new_tokens == 0:
             return False
+        if request.dola is not None:
+            return False
         if request.pending:
             self._take_place(sequence)
         return sequence.row is not None and self.strategy.can_begin(sequence.row)
@@ -230,9 +236,11 @@ class Committer:
         rows = [_with_draft(sequence.row, source) for sequence, source in zip(sequences, sources, strict=True)]
         logits, hidden = output.logits, output.hidden
         places = [place for source in sources for place in source.rows]
-        if places != list(range(logits.shape[0])):  # forks: several rows have the same logits
-            logits = logits[places]
         try:
+            for tapped in {source.tapped for source in sources if source.tapped is not None}:
+                self._contrast(logits[tapped.row], tapped, output)
+            if places != list(range(logits.shape[0])):  # forks: several rows have the same logits
+                logits = logits[places]
             return self.strategy.decide(rows, logits, hidden[places] if any(map(observes, rows)) else None)
         except LorryError as error:
             log.warning("%d rows cannot be decided together, trying them one by one: %s", len(rows), error)
@@ -248,8 +256,8 @@ class Committer:
             firsts = [sources[place].rows.start for place in places]
             alone = [replace(rows[place], draft_token_ids=()) for place in places]
             try:
-                own = [logits for first in firsts for _, logits in self.runner.logits(output, range(first, first + 1))]
-                decided = self.strategy.decide(alone, torch.cat(own), hidden[firsts])
+                own = torch.cat([self._logits(sources[place], output) for place in places])
+                decided = self.strategy.decide(alone, own, hidden[firsts])
             except LorryError as error:
                 self.fail(sequences[places[0]].request, error)
             except Exception:
@@ -258,6 +266,19 @@ class Committer:
                 accepted = 0 if sources[places[0]].draft else None
                 continuations += [replace(way, parent=places[way.parent], accepted=accepted) for way in decided]
         return sorted(continuations, key=lambda way: way.parent)
+
+    def _logits(self, source: Source, output: Output) -> Tensor:
+        """float32 [1, V], made again: those of the first row of a sequence."""
+        first = source.rows.start
+        ((_, logits),) = self.runner.logits(output, range(first, first + 1))
+        if source.tapped is not None:
+            self._contrast(logits[0], source.tapped, output)
+        return logits
+
+    @torch.inference_mode()
+    def _contrast(self, logits: Tensor, tapped: Tapped, output: Output) -> None:
+        """logits: float32 [V], the model's own; changed in place."""
+        logits.copy_(contrasted(logits, self.runner.early_logits(output, tapped.place, tapped.taps)))
 
     def _continue(self, sequence: Sequence, ways: list[Continuation], now: float) -> None:
         """Finals are answers. Of the others the first goes on in place, each other one on a fork."""

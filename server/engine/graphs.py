@@ -69,10 +69,12 @@ def all_buckets(max_rows: int, max_blocks: int) -> list[Bucket]:
 
 
 def needed_bucket(inputs: ModelInputs) -> Bucket | None:
-    """What a step needs at least; None for one that no graph can be: each sequence must have one token, and decide, and
-    no adapter may change the embedding or the head."""
+    """What a step needs at least; None for one that no graph can be: each sequence must have one token, and decide, no
+    layer may be tapped, and no adapter change the embedding or the head."""
     rows, segments = inputs.kv_lens.shape[0], inputs.segments
     if inputs.max_query_len != 1 or inputs.logits_rows.shape[0] != rows or inputs.logits_segments is not None:
+        return None
+    if inputs.taps:
         return None
     if segments is None:
         return Bucket(rows, inputs.block_tables.shape[1], 0)

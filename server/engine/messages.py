@@ -283,6 +283,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     max_weights_bytes: int = 0  # of an adapter's file of tensors
     base_fingerprint: str = ""  # of the quantized linears; "" where they are random
     draft_model: str = ""  # name of the model that proposes tokens; "": there is none
+    tied_embeddings: bool = False  # the embedding is the head as well
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

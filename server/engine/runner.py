@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -80,16 +80,26 @@ class Runner:
             segments = None if output.segments is None else rows_of(output.segments, first, last)
             yield part, self.decoder.logits(output.hidden[first:last], None, segments, self.pages)
 
+    def early_logits(self, output: Output, place: int, taps: Sequence[int]) -> Tensor:
+        """float32 [J, V]: the head over the streams of one tapped row. taps: indices into `output.tapped`."""
+        hidden = torch.stack([output.tapped[tap][place] for tap in taps]).to(self.decoder.dtype)
+        if output.tap_segments is None:
+            return self.decoder.logits(hidden)
+        segments = rows_of(output.tap_segments, place, place + 1)
+        return torch.cat([self.decoder.logits(each[None], None, segments, self.pages) for each in hidden])
+
     def _compute(self, inputs: ModelInputs, deciding: int, logits: Tensor | None = None) -> Output:
         """The launches of one step. logits: where to write them."""
         if inputs.sources is not None:
             chosen = self._chosen.index_select(0, inputs.sources.clamp(min=0))
             inputs = replace(inputs, token_ids=torch.where(inputs.sources >= 0, chosen, inputs.token_ids))
-        hidden = self.decoder.forward(inputs, self.kv, self.pages).index_select(0, inputs.logits_rows)
+        hidden, tapped = self.decoder.forward_tapped(inputs, self.kv, self.pages)
+        hidden = hidden.index_select(0, inputs.logits_rows)
         last = inputs.token_ids.index_select(0, inputs.logits_rows[:deciding])
         segments = inputs.logits_segments
         own = None if segments is None else rows_of(segments, 0, deciding)
-        return Output(hidden, self.decoder.logits(hidden[:deciding], logits, own, self.pages), last, segments)
+        logits = self.decoder.logits(hidden[:deciding], logits, own, self.pages)
+        return Output(hidden, logits, last, segments, tapped, inputs.tap_segments)
 
     def _compute_into(self, inputs: ModelInputs, into: Output) -> None:
         """The same where all rows decide, its output written to a given place."""

@@ -85,6 +85,7 @@ class Request:
         self.combo: Combo = ()
         self.pending = list(range(message.sampling.n))
         self.search = message.sampling.search
+        self.dola = message.sampling.dola
         self.guidance = self.search if isinstance(self.search, Guidance) else None
         self.observed = 0 if self.search is not None and self.search.observes else None
         self.sequences: list[Sequence] = []

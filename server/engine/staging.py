@@ -11,7 +11,7 @@ from torch import Tensor
 from lorry.kernels import transfer
 from lorry.server.model.inputs import ModelInputs
 
-_SEGMENTS = ("segments", "logits_segments")
+_SEGMENTS = ("segments", "logits_segments", "tap_segments")
 
 
 def tensors_of(inputs: ModelInputs) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import msgspec
 
 from lorry.server.engine.messages import Generate, ModelInfo, StoppingParams
 from lorry.server.errors import InvalidField, PromptTooLong
+from lorry.server.frontend.dola import with_layers
 from lorry.server.frontend.request import Request
 from lorry.server.params import Guidance
 
@@ -76,6 +77,8 @@ def generate_command(request: Request, wire_id: str, prompt_token_ids: Sequence[
             field="stopping.min_new_tokens",
         )
     sampling, logprobs = request.sampling, request.response.logprobs
+    if sampling.dola is not None:
+        sampling = msgspec.structs.replace(sampling, dola=with_layers(sampling.dola, model))
     if request.best_of is not None:
         sampling = msgspec.structs.replace(sampling, n=request.best_of.candidates)
         logprobs = logprobs or 0

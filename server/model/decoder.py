@@ -132,17 +132,25 @@ class Decoder:
 
         `pages` may be None only where `inputs.segments` is.
         """
+        return self.forward_tapped(inputs, kv, pages)[0]
+
+    def forward_tapped(
+        self, inputs: ModelInputs, kv: KeyValueCache, pages: AdapterPages | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same, and the stream [P, H] before each of the layers `inputs.taps`, at `inputs.tap_rows`. With taps the
+        layers are called one by one, to the same bits."""
         hidden = embed(inputs.token_ids, self._embedding, self.dtype)
         add_to_embeddings(hidden, inputs, pages, self.config.vocab_size)
-        residual, term = None, None
-        if self._fused is not None and self._fused.take(kv.keys, kv.values):
+        residual, term, tapped = None, None, list[Tensor]()
+        if not inputs.taps and self._fused is not None and self._fused.take(kv.keys, kv.values):
             batch = (inputs.positions, inputs.slot_mapping, inputs.block_tables, inputs.cu_seqlens_q, inputs.kv_lens)
             hidden, residual = self._fused.forward(hidden, *batch, pages, inputs.segments)
         else:
             step = Step(inputs, kv, adapters_of(inputs, pages, self._widths))
             for layer in self._layers:
                 hidden, residual, term = self._layer(layer, hidden, residual, term, step)
-        return _add_norm(hidden, self._final_norm, self.config.rms_eps, residual, term)[0]
+            tapped = step.tapped
+        return _add_norm(hidden, self._final_norm, self.config.rms_eps, residual, term)[0], tapped
 
     def logits(
         self,
@@ -190,6 +198,7 @@ class Decoder:
         config, inputs = self.config, step.inputs
         keys, values = step.kv.keys[layer.index], step.kv.values[layer.index]
         normed, residual = _add_norm(hidden, layer.input_norm, config.rms_eps, residual, last)
+        step.tap(layer.index, residual)
 
         qkv, term = step.project(layer.qkv, normed, layer.index, self._qkv_sites)  # [T, (Hq + 2 Hk) D]
         q = qkv_finish(
@@ -227,6 +236,11 @@ class Decoder:
     def layout(self) -> ModelLayout:
         """The linears that adapters can change: site → (K, N)."""
         return layout_of(self.config)
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the embedding is the head as well."""
+        return self._head is None
 
     @property
     def projections(self) -> tuple[Projection, ...]:

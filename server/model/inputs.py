@@ -27,4 +27,7 @@ class ModelInputs:
     logits_rows: Tensor  # int64 [R], indices into T
     max_query_len: int | None = None  # most tokens of a sequence in this step, where known: kernels are chosen by it
     logits_segments: Segments | None = None  # of the R rows; None: no adapter changes embedding or head in this step
+    taps: tuple[int, ...] = ()  # layers, rising, whose stream is wanted before they change it
+    tap_rows: Tensor | None = None  # int64 [P], indices into T: of these tokens; None: of none
+    tap_segments: Segments | None = None  # of the P rows, as `logits_segments`
     sources: Tensor | None = None  # int64 [T], row of the step before whose token this is; -1: it is known

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -46,11 +46,18 @@ class StepAdapters:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is the same in all layers of a step."""
+    """What is the same in all layers of a step. tapped: what `tap` has kept."""
 
     inputs: ModelInputs
     kv: KeyValueCache
     adapters: StepAdapters | None
+    tapped: list[Tensor] = field(default_factory=list)
+
+    def tap(self, layer: int, stream: Tensor) -> None:
+        """Keep of the stream [T, H] before a layer the rows that are wanted, [P, H]."""
+        if layer in self.inputs.taps:
+            assert self.inputs.tap_rows is not None
+            self.tapped.append(stream.index_select(0, self.inputs.tap_rows))
 
     def project(
         self, projection: Projection, x: Tensor, layer: int, sites: tuple[Site, ...]

@@ -51,6 +51,7 @@ def generation(spec: generation_pb2.GenerationSpec, present: bool, vocab_size: i
         adapters=adapter_refs("spec.adapters", spec.adapters),
         sampling=msgspec.structs.replace(
             sampling.params(spec.sampling, vocab_size),
+            dola=strategy.dola(spec),
             search=strategy.search(spec),
             structured_output=structured.output(spec),
         ),

@@ -42,6 +42,8 @@ def _decided_otherwise(spec: generation_pb2.GenerationSpec) -> str:
     """The field with which no token can be proposed, and why; "": there is none."""
     if (strategy := spec.WhichOneof("strategy")) in ("beam", "contrastive", "guidance"):
         return f"{strategy}, whose sequences are decided together"
+    if spec.HasField("dola"):
+        return "dola, which contrasts the layers of one token"
     if spec.sampling.HasField("mirostat"):
         return "sampling.mirostat, whose cut depends on the token before"
     if spec.structured_output.skip_forced:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from lorry.server.errors import InvalidField
 from lorry.server.frontend.request import BestOf, Ranking
-from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping, Guidance, Search
+from lorry.server.params import BeamSearch, ContrastiveSearch, DoLa, EarlyStopping, Guidance, Search
 from lorry.server.rpc import fields
 from lorry.server.rpc.fields import refuse
 from lorry.v1 import generation_pb2
@@ -13,6 +15,11 @@ MAX_WIDTH = 16
 MAX_CANDIDATES = 16
 MAX_CONTRASTIVE = 64
 MAX_SCALE = 20
+MAX_LAYERS = 64
+BUCKETS: dict[int, Literal["low", "high"]] = {
+    generation_pb2.LAYER_BUCKET_LOW: "low",
+    generation_pb2.LAYER_BUCKET_HIGH: "high",
+}
 SHAPING = {  # fields of SamplingParams that searches honour; the others say how a token is drawn
     "repetition_penalty",
     "presence_penalty",
@@ -61,6 +68,26 @@ def best_of(spec: generation_pb2.GenerationSpec) -> BestOf | None:
     if message.ranking not in generation_pb2.BestOfRanking.values():
         raise refuse(f"{path}.ranking", message.ranking, "a BestOfRanking")
     return BestOf(candidates, Ranking(message.ranking or Ranking.MEAN))
+
+
+def dola(spec: generation_pb2.GenerationSpec) -> DoLa | None:
+    """Its layers have been counted by nobody yet: that takes the model."""
+    if not spec.HasField("dola"):
+        return None
+    path, message = "spec.dola", spec.dola
+    if (beside := spec.WhichOneof("strategy")) not in (None, "best_of"):
+        raise InvalidField(f"{path} is set; accepted: unset with {beside}", field=path)
+    if bool(message.bucket) == bool(message.layers):
+        given = "both" if message.bucket else "neither"
+        raise InvalidField(f"{path} has {given} of bucket and layers; accepted: one of them", field=path)
+    if message.bucket:
+        if message.bucket not in BUCKETS:
+            raise refuse(f"{path}.bucket", message.bucket, "a LayerBucket")
+        return DoLa(bucket=BUCKETS[message.bucket])
+    if len(message.layers) > MAX_LAYERS:
+        raise refuse(f"{path}.layers", list(message.layers), f"at most {MAX_LAYERS} layers")
+    fields.unique(f"{path}.layers", message.layers)
+    return DoLa(tuple(sorted(message.layers)))
 
 
 def _beam(path: str, message: generation_pb2.BeamSearch, n: int) -> BeamSearch:

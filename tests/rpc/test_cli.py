@@ -21,7 +21,7 @@ from lorry.server.commands import config_options, values
 from lorry.server.config import EngineConfig, ServerConfig, engine_config_from_json, to_json
 from lorry.server.engine.messages import AdapterState, Dry, Mirostat
 from lorry.server.frontend.request import ChatMessage, ChatPrompt, SpeculationWish, TextPrompt, TokenPrompt
-from lorry.server.params import StructuredOutput
+from lorry.server.params import DoLa, StructuredOutput
 
 runner = CliRunner()
 
@@ -105,6 +105,21 @@ async def test_generate_hands_over_mirostat(answering: Any, address: str) -> Non
     assert answering[0].request.sampling.mirostat == Mirostat(4.0, 0.25)
     assert (await lorry_cli("generate", "-s", address, "--mirostat", "3", "hello")).exit_code == 0
     assert answering[1].request.sampling.mirostat.tau == 3.0
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"), [("low", DoLa(bucket="low")), ("high", DoLa(bucket="high")), ("0,2,1", DoLa((0, 1, 2)))]
+)
+async def test_generate_contrasts_layers(answering: Any, address: str, words: str, wanted: DoLa) -> None:
+    result = await lorry_cli("generate", "-s", address, "--dola", words, "hello")
+    assert result.exit_code == 0, result.output
+    assert answering[0].request.sampling.dola == wanted
+
+
+@pytest.mark.parametrize("words", ["lowest", "1,x", "-1", "5000000000"])
+async def test_generate_refuses_what_is_no_layer(address: str, words: str) -> None:
+    result = await lorry_cli("generate", "-s", address, "--dola", words, "hello")
+    assert result.exit_code == 2 and "--dola" in result.output
 
 
 @pytest.mark.parametrize(

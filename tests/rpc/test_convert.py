@@ -22,7 +22,7 @@ from lorry.server.frontend.request import (
     TextPrompt,
     TokenPrompt,
 )
-from lorry.server.params import BeamSearch, ContrastiveSearch, EarlyStopping, Guidance, StructuredOutput
+from lorry.server.params import BeamSearch, ContrastiveSearch, DoLa, EarlyStopping, Guidance, StructuredOutput
 from lorry.server.rpc import convert
 from lorry.v1 import adapter_pb2 as ad
 from lorry.v1 import control_pb2 as ct
@@ -72,6 +72,10 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ),
     ('adapters { id: "a" } guidance { scale: 1.5 base: true }', "sampling.search", Guidance(1.5)),
     ("", "negative", None),
+    ("", "sampling.dola", None),
+    ("dola { bucket: LAYER_BUCKET_LOW }", "sampling.dola", DoLa(bucket="low")),
+    ("dola { bucket: LAYER_BUCKET_HIGH } best_of { candidates: 2 }", "sampling.dola", DoLa(bucket="high")),
+    ("dola { layers: [4, 0] }", "sampling.dola", DoLa((0, 4))),
     ("", "adapters", ()),
     ('adapters { id: "a" }', "adapters", (AdapterRef("a", 1.0, None),)),
     (

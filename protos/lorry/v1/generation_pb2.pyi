@@ -24,6 +24,12 @@ class EarlyStopping(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EARLY_STOPPING_FIRST: _ClassVar[EarlyStopping]
     EARLY_STOPPING_NEVER: _ClassVar[EarlyStopping]
 
+class LayerBucket(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LAYER_BUCKET_UNSPECIFIED: _ClassVar[LayerBucket]
+    LAYER_BUCKET_LOW: _ClassVar[LayerBucket]
+    LAYER_BUCKET_HIGH: _ClassVar[LayerBucket]
+
 class BestOfRanking(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     BEST_OF_RANKING_UNSPECIFIED: _ClassVar[BestOfRanking]
@@ -46,6 +52,9 @@ EARLY_STOPPING_UNSPECIFIED: EarlyStopping
 EARLY_STOPPING_HEURISTIC: EarlyStopping
 EARLY_STOPPING_FIRST: EarlyStopping
 EARLY_STOPPING_NEVER: EarlyStopping
+LAYER_BUCKET_UNSPECIFIED: LayerBucket
+LAYER_BUCKET_LOW: LayerBucket
+LAYER_BUCKET_HIGH: LayerBucket
 BEST_OF_RANKING_UNSPECIFIED: BestOfRanking
 BEST_OF_RANKING_MEAN: BestOfRanking
 BEST_OF_RANKING_SUM: BestOfRanking
@@ -69,7 +78,7 @@ class GenerateStreamRequest(_message.Message):
     def __init__(self, spec: _Optional[_Union[GenerationSpec, _Mapping]] = ...) -> None: ...
 
 class GenerationSpec(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "adapters", "sampling", "beam", "contrastive", "best_of", "guidance", "stopping", "response", "priority", "cache_salt", "structured_output", "speculation")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "adapters", "sampling", "beam", "contrastive", "best_of", "guidance", "stopping", "response", "priority", "cache_salt", "structured_output", "dola", "speculation")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +94,7 @@ class GenerationSpec(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     STRUCTURED_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    DOLA_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
@@ -101,8 +111,9 @@ class GenerationSpec(_message.Message):
     priority: int
     cache_salt: str
     structured_output: StructuredOutput
+    dola: DoLa
     speculation: Speculation
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., beam: _Optional[_Union[BeamSearch, _Mapping]] = ..., contrastive: _Optional[_Union[ContrastiveSearch, _Mapping]] = ..., best_of: _Optional[_Union[BestOf, _Mapping]] = ..., guidance: _Optional[_Union[Guidance, _Mapping]] = ..., stopping: _Optional[_Union[StoppingCriteria, _Mapping]] = ..., response: _Optional[_Union[ResponseOptions, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., structured_output: _Optional[_Union[StructuredOutput, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., beam: _Optional[_Union[BeamSearch, _Mapping]] = ..., contrastive: _Optional[_Union[ContrastiveSearch, _Mapping]] = ..., best_of: _Optional[_Union[BestOf, _Mapping]] = ..., guidance: _Optional[_Union[Guidance, _Mapping]] = ..., stopping: _Optional[_Union[StoppingCriteria, _Mapping]] = ..., response: _Optional[_Union[ResponseOptions, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., structured_output: _Optional[_Union[StructuredOutput, _Mapping]] = ..., dola: _Optional[_Union[DoLa, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ...) -> None: ...
 
 class Speculation(_message.Message):
     __slots__ = ("proposer", "max_draft_tokens", "adaptive")
@@ -290,6 +301,14 @@ class Guidance(_message.Message):
     chat: ChatPrompt
     base: bool
     def __init__(self, scale: _Optional[float] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., base: _Optional[bool] = ...) -> None: ...
+
+class DoLa(_message.Message):
+    __slots__ = ("bucket", "layers")
+    BUCKET_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    bucket: LayerBucket
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, bucket: _Optional[_Union[LayerBucket, str]] = ..., layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StoppingCriteria(_message.Message):
     __slots__ = ("max_new_tokens", "min_new_tokens", "stop", "stop_token_ids", "ignore_eos", "time_limit")

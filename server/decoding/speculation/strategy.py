@@ -14,8 +14,8 @@ is x. A draft model's proposals are drawn from q with the very numbers that will
 are, the more often they agree. What rejection sampling would accept beyond that it pays for with other tokens than the
 seed's.
 
-Who is not served: searches, whose rows are decided together; mirostat, whose cut depends on the token before; forced
-tokens, which are appended without being run.
+Who is not served: searches, whose rows are decided together; DoLa, which contrasts the layers of one token; mirostat,
+whose cut depends on the token before; forced tokens, which are appended without being run.
 """
 
 from __future__ import annotations
