@@ -72,6 +72,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "vocabulary_totals": [_POINTER, _INT, _INT, *[_POINTER] * 3],
     "vocabulary_deviations": [_POINTER, _INT, _INT, _POINTER],
     "vocabulary_nth": [_POINTER, _INT, _INT, *[_POINTER] * 3],
+    "vocabulary_top": [_POINTER, _INT, _INT, _INT, _POINTER],
 }
 
 

@@ -60,6 +60,14 @@ def nth_equal(logits: Tensor, values: NDArray[np.float32], nth: NDArray[np.int64
     return places
 
 
+def top_values(logits: Tensor, count: int) -> NDArray[np.float32]:
+    """The min(count, V) largest values of each row, falling; float32 [R, min(count, V)]."""
+    count = min(count, logits.shape[1])
+    found = np.empty((len(logits), count), np.float32)
+    native.check(_library().vocabulary_top(logits.data_ptr(), *logits.shape, count, found.ctypes.data))
+    return found
+
+
 def _dense(numbers: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
     return np.ascontiguousarray(numbers, dtype)
 

@@ -31,5 +31,6 @@ EXPORT int vocabulary_totals(const float *z, int64_t rows, int64_t n, const floa
 EXPORT int vocabulary_deviations(const float *z, int64_t rows, int64_t n, double *deviations);
 EXPORT int vocabulary_nth(const float *z, int64_t rows, int64_t n, const float *values, const int64_t *nth,
                           int64_t *places);
+EXPORT int vocabulary_top(const float *z, int64_t rows, int64_t n, int64_t count, float *values);
 
 #endif

@@ -6,6 +6,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 #define SPAN 128
 
@@ -111,13 +112,13 @@ EXPORT int vocabulary_totals(const float *z, int64_t rows, int64_t n, const floa
 }
 
 static double deviation_of(const float *z, int64_t n) {
-    const vf peak = vf_set1(peak_of(z, n)), least = vf_set1(-FLT_MAX), zero = vf_set1(0.0f), one = vf_set1(1.0f);
+    const vf least = vf_set1(-FLT_MAX), zero = vf_set1(0.0f), one = vf_set1(1.0f);
     double sum = 0, squares = 0, count = 0;
     for (int64_t start = 0; start < n; start += SPAN) {
         vf sums = zero, counts = zero;
         const int64_t end = MIN(n, start + SPAN);
         for (int64_t i = start; i < end; i += LANES) {
-            const vf x = vf_sub(load_row(z + i, end - i), peak);
+            const vf x = load_row(z + i, end - i);
             sums = vf_add(sums, vf_where_below(x, least, zero, x));
             counts = vf_add(counts, vf_where_below(x, least, zero, one));
         }
@@ -130,7 +131,7 @@ static double deviation_of(const float *z, int64_t n) {
         vf sums = zero;
         const int64_t end = MIN(n, start + SPAN);
         for (int64_t i = start; i < end; i += LANES) {
-            const vf x = vf_sub(load_row(z + i, end - i), peak);
+            const vf x = load_row(z + i, end - i);
             const vf apart = vf_where_below(x, least, zero, vf_sub(x, mean));
             sums = vf_fma(apart, apart, sums);
         }
@@ -175,4 +176,90 @@ EXPORT int vocabulary_nth(const float *z, int64_t rows, int64_t n, const float *
                           int64_t *places) {
     OVER_ITEMS(rows, rows * n / 32, find_rows(z, n, values, nth, places, begin, end));
     return 0;
+}
+
+/* The `count` largest of values[0..n) come to the front, in any order. */
+static void select_largest(float *values, int64_t n, int64_t count) {
+    int64_t low = 0, high = n - 1;
+    while (low < high) {
+        const float a = values[low], b = values[low + (high - low) / 2], c = values[high];
+        const float pivot = MAX(MIN(a, b), MIN(MAX(a, b), c));
+        int64_t i = low, j = high;
+        while (i <= j) {
+            while (values[i] > pivot) i++;
+            while (values[j] < pivot) j--;
+            if (i > j) break;
+            const float moved = values[i];
+            values[i++] = values[j];
+            values[j--] = moved;
+        }
+        if (count - 1 <= j)
+            high = j;
+        else if (count - 1 >= i)
+            low = i;
+        else
+            return;
+    }
+}
+
+static void sort_falling(float *values, int64_t n) {
+    int64_t gap = 1;
+    while (gap < n / 9) gap = 3 * gap + 1;
+    for (; gap > 0; gap /= 3)
+        for (int64_t i = gap; i < n; i++) {
+            const float moved = values[i];
+            int64_t j = i;
+            for (; j >= gap && values[j - gap] < moved; j -= gap) values[j] = values[j - gap];
+            values[j] = moved;
+        }
+}
+
+/* Those that may be among the `count` largest of a row, into `out`; how many. Block b is every blocks-th element from b
+ * on, so that its maximum is a vertical one: an element among the largest lies in a block whose maximum is among the
+ * `count` largest of these. */
+static int64_t candidates(const float *z, int64_t n, int64_t count, float *maxima, float *out) {
+    const int64_t blocks = n / LANES / LANES * LANES;
+    if (blocks < 4 * count) {
+        memcpy(out, z, (size_t)n * sizeof(float));
+        return n;
+    }
+    for (int64_t b = 0; b < blocks; b += LANES) {
+        vf peaks = vf_load(z + b);
+        for (int64_t i = 1; i < LANES; i++) peaks = vf_max(peaks, vf_load(z + i * blocks + b));
+        vf_store(maxima + b, peaks);
+    }
+    memcpy(out, maxima, (size_t)blocks * sizeof(float));
+    select_largest(out, blocks, count);
+    float least = out[0];
+    for (int64_t i = 1; i < count; i++) least = MIN(least, out[i]);
+    int64_t found = 0;
+    for (int64_t b = 0; b < blocks; b++)
+        if (maxima[b] >= least)
+            for (int64_t i = 0; i < LANES; i++)
+                if (z[i * blocks + b] >= least) out[found++] = z[i * blocks + b];
+    for (int64_t i = LANES * blocks; i < n; i++)
+        if (z[i] >= least) out[found++] = z[i];
+    return found;
+}
+
+static int top_rows(const float *z, int64_t n, int64_t count, float *values, int64_t begin, int64_t end) {
+    static _Thread_local struct scratch scratch;
+    float *out = scratch_get(&scratch, (size_t)(n + n / LANES + LANES) * sizeof(float));
+    for (int64_t row = begin; row < end; row++) {
+        if (!out) return -1;
+        const int64_t found = candidates(z + row * n, n, count, out + n, out);
+        select_largest(out, found, count);
+        sort_falling(out, count);
+        memcpy(values + row * count, out, (size_t)count * sizeof(float));
+    }
+    return 0;
+}
+
+/* The `count` <= n largest elements of each row, falling. Returns -1 when memory is out. */
+EXPORT int vocabulary_top(const float *z, int64_t rows, int64_t n, int64_t count, float *values) {
+    int failed = 0;
+    OVER_ITEMS(rows, rows * n / 8, {
+        if (top_rows(z, n, count, values, begin, end)) failed = -1;
+    });
+    return failed;
 }

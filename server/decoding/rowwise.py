@@ -37,6 +37,8 @@ def top_values(logits: Tensor, count: int) -> NDArray[np.float32]:
 
     logits: float32 [R, V], no NaN. Returns float32 [R, min(count, V)].
     """
+    if vocabulary.serves(logits):
+        return vocabulary.top_values(logits, count)
     size = logits.shape[1]
     count = min(count, size)
     values = logits.numpy()

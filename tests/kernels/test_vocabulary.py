@@ -82,6 +82,18 @@ def test_the_nth_that_is_equal(size: int) -> None:
     assert found.tolist() == expected
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 2, 7, 128, 2048, 60_000])
+def test_the_largest(size: int, count: int) -> None:
+    """Also where many are equal, and where the largest stand together."""
+    logits = rows_of(size)
+    logits[3] = torch.randint(0, 3, (size,)).float()
+    logits[4] = torch.arange(size)
+    logits[5] = -torch.arange(size)
+    expected = logits.sort(dim=1, descending=True).values[:, :count]
+    assert np.array_equal(vocabulary.top_values(logits, count), expected.numpy())
+
+
 def test_a_row_depends_on_no_other() -> None:
     logits, temperatures, uniforms = rows_of(8209), temperatures_of(7), np.linspace(0, 0.99, 7)
     whole = vocabulary.totals(logits, temperatures, True), vocabulary.deviations(logits)
