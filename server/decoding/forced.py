@@ -16,37 +16,20 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lorry.server.decoding.around import Around
 from lorry.server.decoding.grammar import Grammar
-from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
+from lorry.server.decoding.interface import Continuation, Row, Strategy
 
 
-class SkipForced(Strategy):
+class SkipForced(Around):
     """Another strategy, whose continuations are lengthened by what is forced."""
 
     def __init__(self, inner: Strategy, grammar: Grammar) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self._grammar = grammar
 
     def decide(self, rows: Sequence[Row], logits: Tensor, hidden_states: Tensor | None = None) -> list[Continuation]:
-        return [self._longer(rows[way.parent], way) for way in self.inner.decide(rows, logits, hidden_states)]
-
-    def can_begin(self, row: Row) -> bool:
-        return self.inner.can_begin(row)
-
-    def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor | None) -> Pending:
-        return self.inner.begin(rows, logits, unread, last)
-
-    def observe(self, key: int, hidden_states: Tensor) -> None:
-        self.inner.observe(key, hidden_states)
-
-    def conclude(self, rows: Sequence[Row]) -> list[Continuation]:
-        return self.inner.conclude(rows)
-
-    def forked(self, parent: int, child: int) -> None:
-        self.inner.forked(parent, child)
-
-    def release(self, key: int) -> None:
-        self.inner.release(key)
+        return [self._longer(rows[way.parent], way) for way in super().decide(rows, logits, hidden_states)]
 
     def _longer(self, row: Row, way: Continuation) -> Continuation:
         wanted = row.sampling.structured_output

@@ -27,19 +27,20 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lorry.server.decoding.around import Around
 from lorry.server.decoding.grammar import Grammar
 from lorry.server.decoding.history import Histories
-from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
+from lorry.server.decoding.interface import Continuation, Row, Strategy
 from lorry.server.decoding.speculation.pace import Pace
 from lorry.server.decoding.speculation.prompt_lookup import look_up
 from lorry.server.params import Speculation
 
 
-class Speculating(Strategy):
+class Speculating(Around):
     """Another strategy, several of whose tokens are decided in one step."""
 
     def __init__(self, inner: Strategy, grammar: Grammar) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.pace = Pace()
         self._grammar = grammar
         self._histories = Histories()
@@ -90,24 +91,12 @@ class Speculating(Strategy):
 
     def can_begin(self, row: Row) -> bool:
         """Not while the row may propose something, for which the host needs all of its tokens."""
-        if not self.inner.can_begin(row):
+        if not super().can_begin(row):
             return False
         return not row.sampling.speculates or self.pace.rests(row.key, len(row.output_token_ids) + 1)
 
-    def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor | None) -> Pending:
-        return self.inner.begin(rows, logits, unread, last)
-
-    def observe(self, key: int, hidden_states: Tensor) -> None:
-        self.inner.observe(key, hidden_states)
-
-    def conclude(self, rows: Sequence[Row]) -> list[Continuation]:
-        return self.inner.conclude(rows)
-
-    def forked(self, parent: int, child: int) -> None:
-        self.inner.forked(parent, child)
-
     def release(self, key: int) -> None:
-        self.inner.release(key)
+        super().release(key)
         self._histories.release(key)
         self.pace.release(key)
 
