@@ -70,26 +70,30 @@ def generation(spec: generation_pb2.GenerationSpec, present: bool, vocab_size: i
 
 
 def _prompt(spec: generation_pb2.GenerationSpec, vocab_size: int) -> Prompt:
-    match spec.WhichOneof("prompt"):
-        case "text":
-            return _text("spec.text", spec.text)
-        case "token_ids":
-            return _token_ids("spec.token_ids.ids", spec.token_ids, vocab_size)
-        case "chat":
-            return _chat("spec.chat", spec.chat)
-        case _:
-            raise InvalidField("spec.prompt is not set; accepted: one of text, token_ids, chat", field="spec.prompt")
+    prompt = _prompt_in("spec", spec, spec.WhichOneof("prompt"), vocab_size)
+    if prompt is None:
+        raise InvalidField("spec.prompt is not set; accepted: one of text, token_ids, chat", field="spec.prompt")
+    return prompt
 
 
 def _negative(guidance: generation_pb2.Guidance, vocab_size: int) -> Prompt | None:
     """The negative prompt of a guidance, which `strategy.search` has looked at."""
-    match guidance.WhichOneof("negative"):
+    return _prompt_in("spec.guidance", guidance, guidance.WhichOneof("negative"), vocab_size)
+
+
+def _prompt_in(
+    path: str,
+    message: generation_pb2.GenerationSpec | generation_pb2.Guidance,
+    kind: str | None,
+    vocab_size: int,
+) -> Prompt | None:
+    match kind:
         case "text":
-            return _text("spec.guidance.text", guidance.text)
+            return _text(f"{path}.text", message.text)
         case "token_ids":
-            return _token_ids("spec.guidance.token_ids.ids", guidance.token_ids, vocab_size)
+            return _token_ids(f"{path}.token_ids.ids", message.token_ids, vocab_size)
         case "chat":
-            return _chat("spec.guidance.chat", guidance.chat)
+            return _chat(f"{path}.chat", message.chat)
         case _:
             return None
 
