@@ -17,12 +17,11 @@ def with_layers(dola: DoLa, model: ModelInfo) -> DoLa:
     """
     count = model.layers
     if dola.bucket is None:
-        for index, layer in enumerate(dola.layers):
-            if layer >= count:
-                raise InvalidField(
-                    f"layer {layer} is not one of 0 to {count - 1}, those before the model's last",
-                    field=f"dola.layers[{index}]",
-                )
+        if dola.layers[-1] >= count:
+            raise InvalidField(
+                f"layer {dola.layers[-1]} is not one of 0 to {count - 1}, those before the model's last",
+                field="dola.layers",
+            )
         return dola
     if dola.bucket == "high":
         return DoLa(tuple(range(count - SPAN if count > DEEP else count // 2, count, 2)))

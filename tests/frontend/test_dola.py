@@ -50,4 +50,4 @@ def test_layers_are_taken_as_they_are_where_they_are_before_the_last() -> None:
     assert command(DoLa((0, 31)), 32).sampling.dola == DoLa((0, 31))
     with pytest.raises(InvalidField, match="layer 32 is not one of 0 to 31") as refusal:
         command(DoLa((0, 32)), 32)
-    assert refusal.value.fields["field"] == "dola.layers[1]"
+    assert refusal.value.fields["field"] == "dola.layers"
