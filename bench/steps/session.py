@@ -69,6 +69,7 @@ class Session:
         try:
             self._pin(self.sizes.adapters)
         except BaseException:
+            self.engine.close()
             self.adapters.remove()
             raise
         gc.collect()

@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer
 
+from lorry.adapters import loader
 from lorry.adapters.canonical import CanonicalAdapter
 from lorry.server.engine.local import Answer, Completion
 from lorry.server.params import TokenLogprob, TokenLogprobs
@@ -61,6 +62,22 @@ def session(_importable: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     found = importlib.import_module("steps.session").Session(stage, sizes.sizes_of(stage, folder / "tiny"), folder)
     yield found
     found.close()
+
+
+def test_a_session_that_fails_leaves_nothing_behind(
+    session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader is the one that was there, or every later test in this process would meet the random one."""
+    sessions = importlib.import_module("steps.session")
+    before = loader.load_adapter
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no adapter")
+
+    monkeypatch.setattr(sessions.Session, "_pin", broken)
+    with pytest.raises(RuntimeError, match="no adapter"):
+        sessions.Session(session.stage, session.sizes, tmp_path)
+    assert loader.load_adapter == before
 
 
 def test_the_other_cases(session: Any) -> None:
