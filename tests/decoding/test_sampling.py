@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
+from lorry.server.decoding import rowwise
 from lorry.server.decoding.interface import Row
 from lorry.server.decoding.rowwise import argmax, draw, nth_equal, probabilities, top_values
 from lorry.server.decoding.sampling import Sampling, choose
@@ -350,9 +351,12 @@ def test_logprobs_are_of_the_raw_logits(make_row: MakeRow) -> None:
     assert bare.logprobs[0].top == () and bare.logprobs[0].rank == 1
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("vocabulary", [1, 15, 16, 17, 8192, 8209])
 @pytest.mark.parametrize("ties", [False, True])
-def test_row_primitives(vocabulary: int, ties: bool) -> None:
+def test_row_primitives(vocabulary: int, ties: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(rowwise.vocabulary, "serves", lambda _: False)
     logits = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(6)) * 3
     logits = logits.round() if ties else logits
     ordered = logits.sort(dim=1, descending=True).values.numpy()
@@ -364,3 +368,22 @@ def test_row_primitives(vocabulary: int, ties: bool) -> None:
         for nth, place in enumerate((logits[row] == value).nonzero()[:, 0].tolist()):
             one = logits[row : row + 1]
             assert nth_equal(one, wanted[row : row + 1], np.array([nth])).tolist() == [place]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 211, 8209])
+def test_sums_without_a_compiler_are_those_with_one(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(40, vocabulary, generator=torch.Generator().manual_seed(7)) * 3
+    logits[::3, vocabulary // 2 :] -= torch.inf
+    logits[::3, 0] = 1.0
+    temperatures = np.linspace(0.3, 2.0, 40, dtype=np.float32)
+    with_energy, uniform = np.arange(40) % 2 == 0, np.linspace(0.0, 0.99, 40)
+
+    def all_of_them() -> list[np.ndarray]:
+        sums = *rowwise.totals(logits, temperatures, with_energy), rowwise.deviations(logits)
+        return [*sums, rowwise.plain_draw(logits, temperatures, uniform)]
+
+    compiled = all_of_them()
+    monkeypatch.setattr(rowwise.vocabulary, "serves", lambda _: False)
+    for one, other in zip(compiled[:3], all_of_them()[:3], strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    assert (compiled[3] == all_of_them()[3]).sum() >= 39, "one draw may lie at a boundary"

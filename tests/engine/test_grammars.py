@@ -220,8 +220,6 @@ def test_preemption_changes_nothing(engine_of: Build, tokenizer: Tokenizer) -> N
 class OneByOne(Strategy):
     """Chooses what another strategy does, but appends it in as many steps as it has tokens."""
 
-    needs_hidden_states = False
-
     def __init__(self, inner: Strategy) -> None:
         self.inner = inner
         self.queues: dict[int, list[int]] = {}

@@ -47,8 +47,6 @@ def test_a_negative_prompt_equals_transformers(
     )
     expected = theirs.sequences[0, len(own) :].tolist()
     scores = torch.cat(theirs.scores).log_softmax(1).gather(1, torch.tensor(expected)[:, None])[:, 0]
-    if scale == 1.0:  # transformers leaves the step out
-        assert not torch.equal(scores, torch.zeros(16))
     request = generate("g", own, 16, search=Guidance(scale, tuple(negative)), logprobs=0)
     tokens, logprobs = chosen(build().generate(request)[0])
     assert tokens == expected
@@ -130,12 +128,11 @@ def test_tokens_are_streamed_and_the_shadow_is_never_told(build: Any, generate: 
 def test_the_shadow_finds_what_the_base_has_computed(build: Any, generate: Any) -> None:
     engine: LocalEngine = build()
     engine.generate(generate("base", prompt(70), 1))
-    shared = engine.engine.scheduler.allocator.used
     engine.send(generate("g", prompt(70), 20, adapters={"b": 1.0}, search=Guidance(2.0)))
     while len(engine.engine.scheduler.running) < 2 and (engine.step() or engine.engine.scheduler.requests):
         pass
     own, shadow = engine.engine.scheduler.requests["g"].sequences
-    assert shared == 0 and shadow.shadowy and not own.shadowy
+    assert shadow.shadowy and not own.shadowy
     assert shadow.registered >= 4 and not set(shadow.table.blocks) & set(own.table.blocks)
     engine.run()
 

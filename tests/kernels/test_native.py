@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +54,25 @@ def test_build_is_reused_and_keyed_by_flags(tmp_path: Path, monkeypatch: pytest.
     (sources / "info.c").write_text((sources / "info.c").read_text() + "\n")
     assert native.build(("-O0",), tmp_path) != first
     assert not list(tmp_path.glob(".building-*"))
+
+
+def test_what_several_ask_for_at_once_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_, built = native._compile, []
+
+    def slowly(*arguments: Any) -> Path:
+        built.append(arguments)
+        time.sleep(0.2)
+        return compile_(*arguments)
+
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    for name in ("info.c", "common.h", "simd.h"):
+        shutil.copy(native.SOURCES / name, sources)
+    monkeypatch.setattr(native, "SOURCES", sources)
+    monkeypatch.setattr(native, "_compile", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(lambda _: native.build(("-O0",), tmp_path), range(3)))
+    assert len(built) == 1 and len(set(paths)) == 1 and paths[0].exists()
 
 
 @pytest.mark.usefixtures("fresh_library")
