@@ -68,11 +68,13 @@ _SIGNATURES: dict[str, list[type]] = {
         *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
     ],
     "copy_pieces": [_POINTER] * 4 + [_INT],
+    "penalize": [_POINTER, _INT, _INT, *[_POINTER] * 10],
+    "philox_uniforms": [*[_POINTER] * 3, _INT, _INT, _POINTER],
     "vocabulary_draw": [_POINTER, _INT, _INT, *[_POINTER] * 3],
-    "vocabulary_totals": [_POINTER, _INT, _INT, *[_POINTER] * 3],
-    "vocabulary_deviations": [_POINTER, _INT, _INT, _POINTER],
+    "vocabulary_totals": [_POINTER, _INT, _INT, *[_POINTER] * 2],
     "vocabulary_nth": [_POINTER, _INT, _INT, *[_POINTER] * 3],
     "vocabulary_top": [_POINTER, _INT, _INT, _INT, _POINTER],
+    "truncated_draw": [_POINTER, _INT, _INT, *[_POINTER] * 3],
 }
 
 

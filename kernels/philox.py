@@ -12,6 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lorry.kernels import native
+
+Words = NDArray[np.uint64]
 TOKEN_STREAM = 0  # the draw of a token; every other use of randomness takes a stream of its own
 
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
@@ -20,7 +23,7 @@ _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 
-def philox4x32(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def philox4x32(counter: Words, key: Words) -> Words:
     """Philox4x32-10, a bijection of 128-bit counters for each 64-bit key.
 
     counter: uint64 [4, R], key: uint64 [2, R]; each element holds one 32-bit word
@@ -46,9 +49,20 @@ def uniforms(
     stream: separates uses of randomness at one position, < 2³²
     Returns float64 [R].
     """
-    seed = np.array(seeds, dtype=np.uint64)
-    position = np.array(positions, dtype=np.uint64)
-    index = np.array(indices, dtype=np.uint64)
+    seed, index, position = (np.array(column, dtype=np.uint64) for column in (seeds, indices, positions))
+    if not seed.shape == index.shape == position.shape:
+        raise ValueError(f"seeds, indices and positions of one length, not {seed.size}, {index.size}, {position.size}")
+    library = native.library()
+    if library is None:
+        return uniforms_reference(seed, index, position, stream)
+    numbers = np.empty(seed.shape)
+    columns = (column.ctypes.data for column in (seed, index, position))
+    native.check(library.philox_uniforms(*columns, stream, seed.size, numbers.ctypes.data))
+    return numbers
+
+
+def uniforms_reference(seed: Words, index: Words, position: Words, stream: int) -> NDArray[np.float64]:
+    """As `uniforms`; uint64 [R] each."""
     counter = np.stack((position & _MASK, position >> _SHIFT, index, np.full_like(index, stream)))
     block = philox4x32(counter, np.stack((seed & _MASK, seed >> _SHIFT)))
     bits = (block[0] << _SHIFT) | block[1]

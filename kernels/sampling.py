@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorry.kernels import dispatch, philox
+from lorry.kernels import dispatch, native, philox, vocabulary
 
 SORTED = 2048  # rows that keep fewer tokens are drawn from in the order of falling z
 TINY = 1e-30  # least temperature above 0
@@ -202,7 +202,14 @@ def penalize(
 
         gpu.penalize(logits, bias, counts, repetition, presence, frequency, last)
         return
-    penalize_reference(logits, bias, counts, repetition, presence, frequency, last)
+    if not vocabulary.serves(logits):
+        penalize_reference(logits, bias, counts, repetition, presence, frequency, last)
+        return
+    library = native.library()
+    assert library is not None
+    lists = [x for part in (bias, counts) for x in ((part.starts, part.token_ids, part.values) if part else [None] * 3)]
+    pointers = (x if x is None else x.data_ptr() for x in (*lists, repetition, presence, frequency, last))
+    native.check(library.penalize(logits.data_ptr(), *logits.shape, *pointers))
 
 
 def _check(logits: Tensor, rows: SamplingRows) -> None:

@@ -1,7 +1,6 @@
 """Reductions along the vocabulary on the CPU, each row in one thread, without a copy of the logits.
 
-    w[t] = exp((z[t] - max z) / T)      M = Σ w      E = Σ w log w      σ² = mean (z - mean z)² over finite z
-    draw: the first t with  Σ w over ids up to t  >  u M
+    w[t] = exp((z[t] - max z) / T)      M = Σ w      draw: the first t with  Σ w over ids up to t  >  u M
 
 A row's results do not depend on the other rows. Sums are float32 over 128 elements, float64 beyond. Where the kernels
 could not be compiled `serves` says no, and `lorry.server.decoding.rowwise` does it with numpy.
@@ -13,6 +12,7 @@ import ctypes
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,7 +21,8 @@ from lorry.kernels import native
 
 def serves(logits: Tensor) -> bool:
     """Whether the functions below take these logits: float32 [R, V] in host memory, dense, with the kernels there."""
-    return logits.device.type == "cpu" and logits.is_contiguous() and native.library() is not None
+    dense = logits.device.type == "cpu" and logits.dtype is torch.float32 and logits.is_contiguous()
+    return dense and native.library() is not None
 
 
 def draw(logits: Tensor, temperatures: NDArray[np.float32], uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -33,22 +34,13 @@ def draw(logits: Tensor, temperatures: NDArray[np.float32], uniforms: NDArray[np
     return tokens
 
 
-def totals(
-    logits: Tensor, temperatures: NDArray[np.float32], with_energy: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """M and E, float64 [R]; E is NaN where it is not asked for."""
+def totals(logits: Tensor, temperatures: NDArray[np.float32]) -> NDArray[np.float64]:
+    """M, float64 [R]. logits: float32 [R, V]; temperatures: float32 [R], > 0."""
     temperatures = _dense(temperatures, np.float32)
-    masses, energies = np.empty(len(logits)), np.full(len(logits), np.nan)
-    pointers = temperatures.ctypes.data, masses.ctypes.data, energies.ctypes.data if with_energy else None
+    masses = np.empty(len(logits))
+    pointers = temperatures.ctypes.data, masses.ctypes.data
     native.check(_library().vocabulary_totals(logits.data_ptr(), *logits.shape, *pointers))
-    return masses, energies
-
-
-def deviations(logits: Tensor) -> NDArray[np.float64]:
-    """σ, float64 [R]; 0 where nothing is finite."""
-    found = np.empty(len(logits))
-    native.check(_library().vocabulary_deviations(logits.data_ptr(), *logits.shape, found.ctypes.data))
-    return found
+    return masses
 
 
 def nth_equal(logits: Tensor, values: NDArray[np.float32], nth: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -25,7 +25,7 @@ INLINE void split(int64_t count, int64_t unit, int parts, int index, int64_t *be
  * entered, as that alone would cost more than a small row's work. */
 #define OVER_ITEMS(count, cost, statement)                                                  \
     do {                                                                                    \
-        const int over_threads = threads_for(cost);                                         \
+        const int over_threads = (count) < 2 ? 1 : threads_for(cost);                       \
         int64_t begin = 0, end = (count);                                                   \
         if (over_threads == 1) {                                                            \
             statement;                                                                      \

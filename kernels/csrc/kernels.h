@@ -24,13 +24,19 @@ EXPORT int lora_add(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t 
                     const float *weights, int64_t segments, int64_t adapters);
 EXPORT int copy_pieces(char *target, const int64_t *offsets, const char *const *sources, const int64_t *sizes,
                        int64_t count);
+EXPORT int penalize(float *z, int64_t rows, int64_t n, const int32_t *bias_starts, const int32_t *bias_ids,
+                    const float *bias_values, const int32_t *count_starts, const int32_t *count_ids,
+                    const float *count_values, const float *repetition, const float *presence, const float *frequency,
+                    const int64_t *last);
+EXPORT int philox_uniforms(const uint64_t *seeds, const uint64_t *indices, const uint64_t *positions, int64_t stream,
+                           int64_t count, double *numbers);
 EXPORT int vocabulary_draw(const float *z, int64_t rows, int64_t n, const float *temperatures, const double *uniforms,
                            int64_t *tokens);
-EXPORT int vocabulary_totals(const float *z, int64_t rows, int64_t n, const float *temperatures, double *masses,
-                             double *energies);
-EXPORT int vocabulary_deviations(const float *z, int64_t rows, int64_t n, double *deviations);
+EXPORT int vocabulary_totals(const float *z, int64_t rows, int64_t n, const float *temperatures, double *masses);
 EXPORT int vocabulary_nth(const float *z, int64_t rows, int64_t n, const float *values, const int64_t *nth,
                           int64_t *places);
 EXPORT int vocabulary_top(const float *z, int64_t rows, int64_t n, int64_t count, float *values);
+EXPORT int truncated_draw(const float *z, int64_t rows, int64_t n, const double *cuts, const double *uniforms,
+                          int64_t *tokens);
 
 #endif

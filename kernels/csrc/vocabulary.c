@@ -2,13 +2,11 @@
  *
  *     w[t] = exp((z[t] - max z) / T)       sums of SPAN elements in float32, over spans in float64
  */
-#include "kernels.h"
+#include "vocabulary.h"
 
 #include <float.h>
-#include <math.h>
-#include <string.h>
 
-#define SPAN 128
+#include "kernels.h"
 
 static float peak_of(const float *z, int64_t n) {
     vf peaks = vf_set1(-INFINITY);
@@ -32,30 +30,43 @@ INLINE vf scaled(vf z, vf peak, vf temperature, int divides) {
     return divides ? vf_div(below, temperature) : below;
 }
 
-/* cumulative[s]: the sum of w up to the end of span s, where it is given; the sum of all w, and of w log w in *energy. */
-static double sum_weights(const float *z, int64_t n, float t, double *cumulative, double *energy) {
-    const vf peak = vf_set1(peak_of(z, n)), temperature = vf_set1(t), least = vf_set1(-1e30f);
-    const int divides = t != 1.0f;
-    double mass = 0, total = 0;
-    for (int64_t start = 0; start < n; start += SPAN) {
-        vf sums[2] = {vf_set1(0.0f), vf_set1(0.0f)}, energies[2] = {vf_set1(0.0f), vf_set1(0.0f)};
-        const int64_t end = MIN(n, start + SPAN);
-        for (int64_t i = start; i < end; i += LANES) {
-            const int chain = (int)(i / LANES % 2);
-            const vf x = scaled(load_row(z + i, end - i), peak, temperature, divides), w = vf_exp(x);
-            sums[chain] = vf_add(sums[chain], w);
-            if (energy) energies[chain] = vf_fma(w, vf_max(x, least), energies[chain]);
-        }
-        mass += vf_sum(vf_add(sums[0], sums[1]));
-        if (energy) total += vf_sum(vf_add(energies[0], energies[1]));
+/* Σ w and, where asked for, Σ w log w over `count` <= SPAN elements; in two chains, as the additions wait for each other. */
+INLINE double span_weights(const float *z, int64_t count, vf peak, vf temperature, int divides, double *energy) {
+    const vf least = vf_set1(-1e30f);
+    vf sums[2] = {vf_set1(0.0f), vf_set1(0.0f)}, energies[2] = {vf_set1(0.0f), vf_set1(0.0f)};
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < SPAN; i += LANES) {
+        if (i >= count) break;
+        const int chain = (int)(i / LANES % 2);
+        const vf x = scaled(load_row(z + i, count - i), peak, temperature, divides), w = vf_exp(x);
+        sums[chain] = vf_add(sums[chain], w);
+        if (energy) energies[chain] = vf_fma(w, vf_max(x, least), energies[chain]);
+    }
+    if (energy) *energy += vf_sum(vf_add(energies[0], energies[1]));
+    return vf_sum(vf_add(sums[0], sums[1]));
+}
+
+INLINE double weights_of(const float *z, int64_t n, float t, int divides, double *cumulative, double *energy) {
+    const vf peak = vf_set1(peak_of(z, n)), temperature = vf_set1(t);
+    double mass = 0, total = 0, *energies = energy ? &total : NULL;
+    int64_t start = 0;
+    for (; start + SPAN <= n; start += SPAN) {
+        mass += span_weights(z + start, SPAN, peak, temperature, divides, energies);
+        if (cumulative) cumulative[start / SPAN] = mass;
+    }
+    if (start < n) {
+        mass += span_weights(z + start, n - start, peak, temperature, divides, energies);
         if (cumulative) cumulative[start / SPAN] = mass;
     }
     if (energy) *energy = total;
     return mass;
 }
 
-/* The first place whose sum exceeds the target; if rounding left none, the last that adds. */
-static int64_t first_above(const double *cumulative, int64_t n, double target) {
+double row_weights(const float *z, int64_t n, float t, double *cumulative, double *energy) {
+    return t == 1.0f ? weights_of(z, n, t, 0, cumulative, energy) : weights_of(z, n, t, 1, cumulative, energy);
+}
+
+int64_t first_above(const double *cumulative, int64_t n, double target) {
     int64_t place = 0;
     while (place < n && cumulative[place] <= target) place++;
     if (place < n) return place;
@@ -63,9 +74,9 @@ static int64_t first_above(const double *cumulative, int64_t n, double target) {
     return place - 1;
 }
 
-static int64_t draw_row(const float *z, int64_t n, float t, double uniform, double *cumulative) {
-    const int64_t spans = (n + SPAN - 1) / SPAN;
-    const double target = uniform * sum_weights(z, n, t, cumulative, NULL);
+int64_t row_draw(const float *z, int64_t n, float t, double uniform, double *cumulative) {
+    const int64_t spans = ROW_SPANS(n);
+    const double target = uniform * row_weights(z, n, t, cumulative, NULL);
     const int64_t span = first_above(cumulative, spans, target), start = span * SPAN, end = MIN(n, start + SPAN);
     const vf peak = vf_set1(peak_of(z, n)), temperature = vf_set1(t);
     float weights[SPAN];
@@ -79,10 +90,10 @@ static int64_t draw_row(const float *z, int64_t n, float t, double uniform, doub
 static int draw_rows(const float *z, int64_t n, const float *temperatures, const double *uniforms, int64_t *tokens,
                      int64_t begin, int64_t end) {
     static _Thread_local struct scratch scratch;
-    double *cumulative = scratch_get(&scratch, (size_t)((n + SPAN - 1) / SPAN) * sizeof(double));
+    double *cumulative = scratch_get(&scratch, (size_t)ROW_SPANS(n) * sizeof(double));
     for (int64_t row = begin; row < end; row++) {
         if (!cumulative) return -1;
-        tokens[row] = draw_row(z + row * n, n, temperatures[row], uniforms[row], cumulative);
+        tokens[row] = row_draw(z + row * n, n, temperatures[row], uniforms[row], cumulative);
     }
     return 0;
 }
@@ -98,20 +109,19 @@ EXPORT int vocabulary_draw(const float *z, int64_t rows, int64_t n, const float 
     return failed;
 }
 
-static void total_rows(const float *z, int64_t n, const float *temperatures, double *masses, double *energies,
-                       int64_t begin, int64_t end) {
+static void total_rows(const float *z, int64_t n, const float *temperatures, double *masses, int64_t begin,
+                       int64_t end) {
     for (int64_t row = begin; row < end; row++)
-        masses[row] = sum_weights(z + row * n, n, temperatures[row], NULL, energies ? energies + row : NULL);
+        masses[row] = row_weights(z + row * n, n, temperatures[row], NULL, NULL);
 }
 
-/* Σ w and, where asked for, Σ w log w of each row. */
-EXPORT int vocabulary_totals(const float *z, int64_t rows, int64_t n, const float *temperatures, double *masses,
-                             double *energies) {
-    OVER_ITEMS(rows, rows * n / 4, total_rows(z, n, temperatures, masses, energies, begin, end));
+/* Σ w of each row. */
+EXPORT int vocabulary_totals(const float *z, int64_t rows, int64_t n, const float *temperatures, double *masses) {
+    OVER_ITEMS(rows, rows * n / 4, total_rows(z, n, temperatures, masses, begin, end));
     return 0;
 }
 
-static double deviation_of(const float *z, int64_t n) {
+double row_deviation(const float *z, int64_t n) {
     const vf least = vf_set1(-FLT_MAX), zero = vf_set1(0.0f), one = vf_set1(1.0f);
     double sum = 0, squares = 0, count = 0;
     for (int64_t start = 0; start < n; start += SPAN) {
@@ -141,17 +151,7 @@ static double deviation_of(const float *z, int64_t n) {
     return sqrt(fmax(squares / count - error * error, 0.0));
 }
 
-static void deviate_rows(const float *z, int64_t n, double *deviations, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) deviations[row] = deviation_of(z + row * n, n);
-}
-
-/* The standard deviation of each row's finite elements, 0 where there are none. */
-EXPORT int vocabulary_deviations(const float *z, int64_t rows, int64_t n, double *deviations) {
-    OVER_ITEMS(rows, rows * n / 8, deviate_rows(z, n, deviations, begin, end));
-    return 0;
-}
-
-static int64_t nth_of(const float *z, int64_t n, float value, int64_t nth) {
+int64_t row_nth(const float *z, int64_t n, float value, int64_t nth) {
     for (int64_t start = 0; start < n; start += SPAN) {
         const int64_t end = MIN(n, start + SPAN);
         int32_t hits = 0;
@@ -168,7 +168,7 @@ static int64_t nth_of(const float *z, int64_t n, float value, int64_t nth) {
 
 static void find_rows(const float *z, int64_t n, const float *values, const int64_t *nth, int64_t *places, int64_t begin,
                       int64_t end) {
-    for (int64_t row = begin; row < end; row++) places[row] = nth_of(z + row * n, n, values[row], nth[row]);
+    for (int64_t row = begin; row < end; row++) places[row] = row_nth(z + row * n, n, values[row], nth[row]);
 }
 
 /* The place of the nth element of each row, from 0, that equals its value; 0 where there is none. */
@@ -202,7 +202,7 @@ static void select_largest(float *values, int64_t n, int64_t count) {
     }
 }
 
-static void sort_falling(float *values, int64_t n) {
+static void insert_falling(float *values, int64_t n) {
     int64_t gap = 1;
     while (gap < n / 9) gap = 3 * gap + 1;
     for (; gap > 0; gap /= 3)
@@ -214,22 +214,57 @@ static void sort_falling(float *values, int64_t n) {
         }
 }
 
-/* Those that may be among the `count` largest of a row, into `out`; how many. Block b is every blocks-th element from b
- * on, so that its maximum is a vertical one: an element among the largest lies in a block whose maximum is among the
- * `count` largest of these. */
+/* A number that falls where the float rises, as unsigned. */
+INLINE uint32_t falling_key(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits ^ (bits >> 31 ? 0 : 0x7fffffffu);
+}
+
+/* Three passes of eleven bits. `from` is overwritten. */
+static void radix_falling(float *from, int64_t n, float *to) {
+    enum { BITS = 11, BUCKETS = 1 << BITS };
+    int64_t places[3][BUCKETS] = {{0}};
+    for (int64_t i = 0; i < n; i++)
+        for (int pass = 0; pass < 3; pass++) places[pass][falling_key(from[i]) >> (pass * BITS) & (BUCKETS - 1)]++;
+    for (int pass = 0; pass < 3; pass++) {
+        int64_t place = 0;
+        for (int b = 0; b < BUCKETS; b++) {
+            const int64_t held = places[pass][b];
+            places[pass][b] = place;
+            place += held;
+        }
+        for (int64_t i = 0; i < n; i++)
+            to[places[pass][falling_key(from[i]) >> (pass * BITS) & (BUCKETS - 1)]++] = from[i];
+        float *const other = from;
+        from = to;
+        to = other;
+    }
+}
+
+/* maxima[b]: the largest of every blocks-th element of z[0..length) from b on, `blocks` a multiple of LANES. */
+static void fold(const float *z, int64_t length, int64_t blocks, float *maxima) {
+    for (int64_t b = 0; b < blocks; b += LANES) {
+        vf peaks = vf_load(z + b);
+        for (int64_t i = b + blocks; i < length; i += blocks) peaks = vf_max(peaks, vf_load(z + i));
+        vf_store(maxima + b, peaks);
+    }
+}
+
+/* Those that may be among the `count` largest of a row, into `out`; how many. An element among these lies in a block
+ * whose maximum is among the `count` largest maxima. Half as many blocks again leave few others: so the blocks of
+ * LANES elements, which are looked through, are folded to larger ones, whose maxima tell the least. */
 static int64_t candidates(const float *z, int64_t n, int64_t count, float *maxima, float *out) {
     const int64_t blocks = n / LANES / LANES * LANES;
-    if (blocks < 4 * count) {
+    if (2 * blocks < 3 * count) {
         memcpy(out, z, (size_t)n * sizeof(float));
         return n;
     }
-    for (int64_t b = 0; b < blocks; b += LANES) {
-        vf peaks = vf_load(z + b);
-        for (int64_t i = 1; i < LANES; i++) peaks = vf_max(peaks, vf_load(z + i * blocks + b));
-        vf_store(maxima + b, peaks);
-    }
-    memcpy(out, maxima, (size_t)blocks * sizeof(float));
-    select_largest(out, blocks, count);
+    fold(z, LANES * blocks, blocks, maxima);
+    int64_t larger = blocks;
+    for (int64_t half = blocks / 2; half % LANES == 0 && 2 * half >= 3 * count; half /= 2) larger = half;
+    fold(maxima, blocks, larger, out);
+    select_largest(out, larger, count);
     float least = out[0];
     for (int64_t i = 1; i < count; i++) least = MIN(least, out[i]);
     int64_t found = 0;
@@ -242,15 +277,23 @@ static int64_t candidates(const float *z, int64_t n, int64_t count, float *maxim
     return found;
 }
 
+void row_largest(const float *z, int64_t n, int64_t count, float *scratch, float *values) {
+    const int64_t found = candidates(z, n, count, scratch + n, scratch);
+    if (found > count) select_largest(scratch, found, count);
+    if (count > 512) {
+        radix_falling(scratch, count, values);
+        return;
+    }
+    insert_falling(scratch, count);
+    memcpy(values, scratch, (size_t)count * sizeof(float));
+}
+
 static int top_rows(const float *z, int64_t n, int64_t count, float *values, int64_t begin, int64_t end) {
     static _Thread_local struct scratch scratch;
-    float *out = scratch_get(&scratch, (size_t)(n + n / LANES + LANES) * sizeof(float));
+    float *own = scratch_get(&scratch, ROW_SCRATCH(n) * sizeof(float));
     for (int64_t row = begin; row < end; row++) {
-        if (!out) return -1;
-        const int64_t found = candidates(z + row * n, n, count, out + n, out);
-        select_largest(out, found, count);
-        sort_falling(out, count);
-        memcpy(values + row * count, out, (size_t)count * sizeof(float));
+        if (!own) return -1;
+        row_largest(z + row * n, n, count, own, values + row * count);
     }
     return 0;
 }

@@ -21,11 +21,9 @@ from numpy.typing import NDArray
 from lorry.server.decoding.bans import Bans
 from lorry.server.decoding.interface import Row
 from lorry.server.decoding.logit_bias import LogitBias
-from lorry.server.decoding.penalties import Penalties, penalties
+from lorry.server.decoding.penalties import OFF, Penalties, penalties
 from lorry.server.decoding.processors import Processors
-from lorry.server.decoding.scatter import NO_IDS, Entries, Floats, Ids, check_inside
-
-NOTHING: Entries = (np.empty(0, np.int32), np.empty(0, np.float32))
+from lorry.server.decoding.scatter import NO_IDS, NOTHING, Entries, Floats, Ids, check_inside, ragged
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ def token_lists(
     if not any(processors.needs(row) for row in rows):
         return None
     added, counted = [NOTHING] * len(rows), [NOTHING] * len(rows)
-    parameters = np.tile(np.array([[1.0], [0.0], [0.0]], np.float32), (1, len(rows)))
+    parameters = np.tile(OFF, (1, len(rows)))
     counting = np.zeros(len(rows), np.bool_)
     allowed, zeroed = [NO_IDS] * len(rows), np.zeros(len(rows), np.bool_)
     for place, (row, more) in enumerate(zip(rows, unread, strict=True)):
@@ -93,8 +91,8 @@ def token_lists(
                     added[place] = _forbidding(added[place], banned)
     limited = np.flatnonzero([len(ids) > 0 for ids in allowed])
     return TokenLists(
-        _ragged(added, vocabulary),
-        _ragged(counted, vocabulary),
+        ragged(added, vocabulary),
+        ragged(counted, vocabulary),
         parameters,
         counting,
         limited,
@@ -116,11 +114,3 @@ def _places(rows: NDArray[np.int64], token_ids: Sequence[Ids], vocabulary: int) 
     joined = np.concatenate((NO_IDS, *token_ids))
     check_inside(joined, vocabulary)
     return np.repeat(rows * vocabulary, [len(ids) for ids in token_ids]) + joined
-
-
-def _ragged(rows: Sequence[Entries], vocabulary: int) -> tuple[NDArray[np.int32], Ids, Floats]:
-    starts = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum([len(ids) for ids, _ in rows], out=starts[1:])
-    token_ids = np.concatenate([ids for ids, _ in rows])
-    check_inside(token_ids, vocabulary)
-    return starts, token_ids, np.concatenate([values for _, values in rows])

@@ -111,15 +111,15 @@ def _cut(rows: Sequence[Row], places: Sequence[int], epsilons: Mapping[int, floa
         cuts = cuts.with_epsilon(steered, np.array([epsilons[places[at]] for at in steered]))
     arrays = cuts.arrays()
     indices = [np.empty(0, np.int64) if rows is None else rows for _, rows, _ in arrays]
-    sent = [np.array(places, np.int64), cuts.temperature, *indices, *(values for _, _, values in arrays)]
+    sent = [np.array(places, np.int64), cuts.column("temperature"), *indices, *(values for _, _, values in arrays)]
     at, temperature, *parts = to_device(sent, logits.device)
     stages = [
         Stage(cut, None if rows is None else of, values)
         for (cut, rows, _), of, values in zip(arrays, parts, parts[len(arrays) :], strict=False)
     ]
     z = logits.index_select(0, at)
-    sigma = deviation(z) if (cuts.top_n_sigma > 0).any() else None
-    left = Left.of(z.sort(dim=1, descending=True).values, temperature, complete=True, sigma=sigma)
+    sigma = deviation(z) if cuts.column("top_n_sigma").any() else None
+    left = Left.of(z.sort(dim=1, descending=True).values, temperature, sigma)
     narrow(left, stages)
     low, high = left.bounds()
     logits.index_copy_(0, at, z.masked_fill((z < low[:, None]) | (z > high[:, None]), -torch.inf))

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from lorry.kernels.sampling import TokenValues, penalize
 from lorry.server.decoding.interface import Row
-from lorry.server.decoding.scatter import Floats, Ids, flat, tensor
+from lorry.server.decoding.scatter import NOTHING, Entries, Floats, Ids, ragged, tensor
+
+OFF = np.array([[1.0], [0.0], [0.0]], np.float32)  # repetition, presence, frequency
 
 
 class Penalties:
@@ -32,15 +34,14 @@ class Penalties:
         )
 
     def apply(self, rows: Sequence[Row], places: Sequence[int], logits: Tensor) -> None:
-        tables = [self.table(row) for row in rows]
-        vector, at = flat(logits, places, [table.token_ids for table in tables])
-        counts = tensor(np.concatenate([table.counts for table in tables]), logits)
-        parameters = np.array([penalties(row) for row in rows], np.float32)
-        lengths = [len(table.token_ids) for table in tables]
-        repetition, presence, frequency = tensor(np.repeat(parameters, lengths, axis=0).T, logits)
-        scores = vector[at]
-        scores = torch.where(scores < 0, scores * repetition, scores / repetition)
-        vector[at] = scores - (presence * (counts > 0) + frequency * counts)
+        counted: list[Entries] = [NOTHING] * len(logits)
+        parameters = np.tile(OFF, (1, len(logits)))
+        for row, place in zip(rows, places, strict=True):
+            table = self.table(row)
+            counted[place] = table.token_ids, table.counts
+            parameters[:, place] = penalties(row)
+        lists = (tensor(part, logits) for part in ragged(counted, logits.shape[1]))
+        penalize(logits, None, TokenValues(*lists), *tensor(parameters, logits))
 
     def release(self, key: int) -> None:
         self._tables.pop(key, None)

@@ -31,7 +31,7 @@ from lorry.server.decoding.lists import listed, token_lists
 from lorry.server.decoding.logprobs import token_logprobs
 from lorry.server.decoding.mirostat import Mirostat
 from lorry.server.decoding.processors import Processors
-from lorry.server.decoding.rowwise import Doubles, Ints, argmax, plain_draw, probabilities
+from lorry.server.decoding.rowwise import Doubles, Ints, argmax, likelihoods, plain_draw
 from lorry.server.decoding.truncation import TINY, Truncation, truncated, truncated_draw
 
 
@@ -153,8 +153,8 @@ def _truncated(rows: Sequence[Row], logits: Tensor) -> Ints:
 def _steered(rows: Sequence[Row], logits: Tensor, mirostat: Mirostat) -> Ints:
     cuts = Truncation.of(rows).with_epsilon(range(len(rows)), mirostat.epsilon(rows))
     tokens = truncated_draw(logits, cuts, _uniforms(rows))
-    p = probabilities(logits, _temperatures(rows)).numpy()[np.arange(len(rows)), tokens]
-    mirostat.observe(rows, -np.log2(np.maximum(p, np.finfo(np.float32).tiny, dtype=np.float64)))
+    p = likelihoods(logits, _temperatures(rows), tokens)
+    mirostat.observe(rows, -np.log2(np.maximum(p, np.finfo(np.float32).tiny)))
     return tokens
 
 

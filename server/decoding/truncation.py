@@ -4,57 +4,45 @@ The cuts in their order, that of transformers' warpers, each on what the ones be
 
     temperature → top-nσ → top-k → top-p → min-p → typical-p → epsilon (or mirostat's) → eta
 
-transformers has no top-nσ; it stands where llama.cpp has it, before the others. One file for each in `cuts/`.
+transformers has no top-nσ; it stands where llama.cpp has it, before the others. One file for each in `cuts/`, which
+says it in torch, for a vocabulary sorted by whoever has the logits: a GPU, a CPU without a compiler, the tests. A CPU
+with one leaves it to `lorry.kernels.truncation`, which does not sort.
 
-Rows do not sort the vocabulary. The largest 128 values come from block maxima; if what is left lies beyond them, the
-largest 2048 from a partition; only a row that keeps more, or whose cuts need sums that the list does not tell, has its
-vocabulary sorted. A draw goes through what is left in the order of falling z; in rows that keep 2048 tokens or more,
-and in those of top-k, top-p and min-p alone that no list decides, in the order of the token ids.
-
-Sums run in float64 from the largest down, and how a row is done depends on that row only, so that its draw has the same
-bits in any batch.
+A draw goes through what is left in the order of falling z. Where that is 2048 tokens or more of a longer vocabulary, or
+was before top-p in a row with no cuts but top-k, top-p and min-p, it goes in the order of the token ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorry.kernels import truncation, vocabulary
+from lorry.kernels.truncation import COLUMNS, OFF
 from lorry.server.decoding.cuts import epsilon, eta, min_p, top_k, top_n_sigma, top_p, typical
 from lorry.server.decoding.cuts.left import Left
 from lorry.server.decoding.interface import Row
-from lorry.server.decoding.rowwise import (
-    Doubles,
-    Ints,
-    deviations,
-    draw,
-    first_above,
-    nth_equal,
-    probabilities,
-    top_values,
-    totals,
-)
+from lorry.server.decoding.rowwise import Doubles, Ints, draw, first_above, nth_equal, probabilities
 
-LISTS = (128, 2048)  # how many of the largest values are tried before a row's whole vocabulary is sorted
+WIDE = 2048  # tokens from which on a draw goes by ids
 TINY = np.float32(1e-30)  # keeps a temperature that float32 would round to 0 a divisor
-ALL = np.iinfo(np.int64).max  # top-k off
 
 Cut = Callable[[Left, Tensor], None]
-ORDER: tuple[tuple[str, Cut], ...] = (
-    ("top_n_sigma", top_n_sigma.cut),
-    ("top_k", top_k.cut),
-    ("top_p", top_p.cut),
-    ("min_p", min_p.cut),
-    ("typical_p", typical.cut),
-    ("epsilon", epsilon.cut),
-    ("eta", eta.cut),
-)
-OFF = {"top_n_sigma": 0.0, "top_k": ALL, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon": 0.0, "eta": 0.0}
+CUTS: dict[str, Cut] = {
+    "top_n_sigma": top_n_sigma.cut,
+    "top_k": top_k.cut,
+    "top_p": top_p.cut,
+    "min_p": min_p.cut,
+    "typical_p": typical.cut,
+    "epsilon": epsilon.cut,
+    "eta": eta.cut,
+}
+assert tuple(CUTS) == COLUMNS[1:], "one order for all"
 
 
 def truncated(row: Row) -> bool:
@@ -77,7 +65,7 @@ def extended(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """One cut of some rows. rows: int64 [A], None: all; values: float64 [A], of top-k int64."""
+    """One cut of some rows. rows: int64 [A], None: all; values: float64 [A]."""
 
     cut: Cut
     rows: Tensor | None
@@ -86,59 +74,33 @@ class Stage:
 
 @dataclass(frozen=True)
 class Truncation:
-    """Vectors over the rows, [R] each, as `OFF` has them where a row lacks the cut. temperature: float32, > 0; top_k:
-    int64; the others float64."""
+    """numbers: float64 [R, 8], the `COLUMNS` of `lorry.kernels.truncation`, `OFF` where a row lacks the cut."""
 
-    temperature: NDArray[np.float32]
-    top_n_sigma: Doubles
-    top_k: Ints
-    top_p: Doubles
-    min_p: Doubles
-    typical_p: Doubles
-    epsilon: Doubles
-    eta: Doubles
+    numbers: Doubles
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Truncation:
         """Without mirostat's epsilons, which are no parameters."""
-        sampling = [row.sampling for row in rows]
-        return cls(
-            np.maximum(np.array([each.temperature for each in sampling], np.float32), TINY),
-            np.array([each.top_n_sigma for each in sampling], np.float64),
-            np.array([each.top_k or ALL for each in sampling], np.int64),
-            np.array([each.top_p for each in sampling], np.float64),
-            np.array([each.min_p for each in sampling], np.float64),
-            np.array([each.typical_p for each in sampling], np.float64),
-            np.array([each.epsilon_cutoff for each in sampling], np.float64),
-            np.array([each.eta_cutoff for each in sampling], np.float64),
-        )
+        return cls(np.array([_numbers(row) for row in rows], np.float64).reshape(-1, len(COLUMNS)))
 
     def __len__(self) -> int:
-        return len(self.temperature)
+        return len(self.numbers)
 
-    def __getitem__(self, rows: Ints) -> Truncation:
-        return Truncation(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+    def column(self, name: str) -> Doubles:
+        return np.ascontiguousarray(self.numbers[:, COLUMNS.index(name)])
 
     def with_epsilon(self, rows: Sequence[int], values: Doubles) -> Truncation:
         """Mirostat's thresholds put in."""
-        changed = self.epsilon.copy()
-        changed[rows] = values
-        return replace(self, epsilon=changed)
+        numbers = self.numbers.copy()
+        numbers[rows, COLUMNS.index("epsilon")] = values
+        return Truncation(numbers)
 
-    @property
-    def extended(self) -> NDArray[np.bool_]:
-        """bool [R], as the function of that name."""
-        return (self.typical_p < 1) | (self.epsilon > 0) | (self.eta > 0) | (self.top_n_sigma > 0)
-
-    def used(self, name: str) -> Ints:
-        """The rows that have a cut."""
-        return np.flatnonzero(getattr(self, name) != OFF[name])
-
-    def arrays(self) -> list[tuple[Cut, Ints | None, NDArray[np.float64] | Ints]]:
+    def arrays(self) -> list[tuple[Cut, Ints | None, Doubles]]:
         """The stages before they travel."""
-        found: list[tuple[Cut, Ints | None, NDArray[np.float64] | Ints]] = []
-        for name, cut in ORDER:
-            at, values = self.used(name), getattr(self, name)
+        found: list[tuple[Cut, Ints | None, Doubles]] = []
+        for (name, cut), off in zip(CUTS.items(), OFF[1:], strict=True):
+            values = self.column(name)
+            at = np.flatnonzero(values != off)
             if at.size:
                 found.append((cut, None, values) if at.size == len(self) else (cut, at, values[at]))
         return found
@@ -149,6 +111,20 @@ class Truncation:
             Stage(cut, None if rows is None else torch.from_numpy(rows), torch.from_numpy(values))
             for cut, rows, values in self.arrays()
         ]
+
+
+def _numbers(row: Row) -> tuple[float, ...]:
+    sampling = row.sampling
+    return (
+        max(float(np.float32(sampling.temperature)), float(TINY)),
+        sampling.top_n_sigma,
+        sampling.top_k or np.inf,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.typical_p,
+        sampling.epsilon_cutoff,
+        sampling.eta_cutoff,
+    )
 
 
 def narrow(left: Left, stages: Sequence[Stage]) -> None:
@@ -162,97 +138,46 @@ def narrow(left: Left, stages: Sequence[Stage]) -> None:
             left.put(stage.rows, part)
 
 
-@dataclass(frozen=True)
-class Wholes:
-    """Statistics of whole rows, float64 [R] each, NaN where no cut needs them; see `Left`."""
-
-    mass: Doubles
-    energy: Doubles
-    sigma: Doubles
-
-    @classmethod
-    def of(cls, logits: Tensor, cuts: Truncation) -> Wholes:
-        """logits: float32 [R, V]. Each is computed for the rows that need it."""
-        mass, energy, sigma = np.full((3, len(cuts)), np.nan)
-        open_ = (cuts.top_k >= logits.shape[1]) & (cuts.top_n_sigma == 0)
-        later = (cuts.typical_p < 1) | (cuts.epsilon > 0) | (cuts.eta > 0)
-        with_mass = np.flatnonzero(open_ & ((cuts.top_p < 1) | ((cuts.min_p == 0) & later)))
-        surprised = (cuts.typical_p < 1) | ((cuts.epsilon == 0) & (cuts.eta > 0))
-        with_energy = open_ & (cuts.top_p == 1) & (cuts.min_p == 0) & surprised
-        if with_mass.size:
-            mass[with_mass], energy[with_mass] = totals(
-                _take(logits, with_mass), cuts.temperature[with_mass], with_energy[with_mass]
-            )
-        if (at := np.flatnonzero(cuts.top_n_sigma > 0)).size:
-            sigma[at] = deviations(_take(logits, at))
-        return cls(mass, energy, sigma)
-
-    def left(self, values: NDArray[np.float32], cuts: Truncation, rows: Ints, complete: bool) -> Left:
-        """values: float32 [A, C] of `rows`; cuts: theirs."""
-        statistics = (torch.from_numpy(each[rows]) for each in (self.mass, self.energy, self.sigma))
-        return Left.of(torch.from_numpy(values.copy()), torch.from_numpy(cuts.temperature), complete, *statistics)
-
-
-def truncated_draw(logits: Tensor, truncation: Truncation, uniform: Doubles) -> Ints:
+def truncated_draw(logits: Tensor, cuts: Truncation, uniform: Doubles) -> Ints:
     """Draw from what the cuts leave.
 
     logits: float32 [R, V]; uniform: float64 [R] in [0, 1). Returns int64 [R], token ids.
     """
-    rows, vocabulary = logits.shape
-    wholes = Wholes.of(logits, truncation)
-    tokens = np.empty(rows, np.int64)
-    undecided = np.arange(rows)
-    for count in LISTS:
-        part = _take(logits, undecided)
-        cuts = truncation[undecided]
-        left = wholes.left(top_values(part, count), cuts, undecided, complete=count >= vocabulary)
-        narrow(left, cuts.stages())
-        exact = left.exact.numpy()
-        if (at := np.flatnonzero(exact)).size:
-            tokens[undecided[at]] = _falling(_take(part, at), left, at, uniform[undecided[at]])
-        undecided = undecided[~exact]
-        if not undecided.size:
-            return tokens
-    for row in undecided.reshape(-1, 1):
-        tokens[row] = _sorted_draw(_take(logits, row), truncation[row], uniform[row])
-    return tokens
-
-
-def _sorted_draw(logits: Tensor, cuts: Truncation, uniform: Doubles) -> int:
-    """One row by its sorted vocabulary: few come here, and one row's arrays stay in the cache."""
+    if vocabulary.serves(logits):
+        return truncation.truncated_draw(logits, cuts.numbers, uniform)
     left = kept(logits, cuts)
-    count = int(left.end[0] - left.start[0])
-    if cuts.extended[0] and count < LISTS[-1]:
-        return int(_falling(logits, left, np.zeros(1, np.int64), uniform)[0])
     low, high = left.bounds()
-    p = probabilities(logits, cuts.temperature)
-    z = logits[0]
-    p[0, : len(z)][(z < low) | (z > high)] = 0.0
-    return int(draw(p, uniform)[0])
+    p = probabilities(logits, cuts.column("temperature").astype(np.float32))
+    p[:, : logits.shape[1]].masked_fill_((logits < low[:, None]) | (logits > high[:, None]), 0.0)
+    return np.where(_wide(left, cuts), draw(p, uniform), _falling(logits, left, uniform))
 
 
 def kept(logits: Tensor, cuts: Truncation) -> Left:
     """What the cuts leave of float32 [R, V], by sorting it."""
-    values = np.sort(logits.numpy(), axis=1)[:, ::-1]
-    sigma = deviations(logits) if (cuts.top_n_sigma > 0).any() else np.full(len(cuts), np.nan)
-    void = np.full(len(cuts), np.nan)
-    left = Wholes(void, void, sigma).left(values, cuts, np.arange(len(cuts)), complete=True)
+    sigma = top_n_sigma.deviation(logits) if cuts.column("top_n_sigma").any() else None
+    values = logits.sort(dim=1, descending=True).values
+    left = Left.of(values, torch.from_numpy(cuts.column("temperature")), sigma)
     narrow(left, cuts.stages())
     return left
 
 
-def _falling(logits: Tensor, left: Left, rows: Ints, uniform: Doubles) -> Ints:
-    """Draw from the windows of `rows` of `left`, whose logits are given, [A, V]. Returns int64 [A]."""
-    top = left.values.numpy()[rows]
-    start, end = left.start.numpy()[rows, None], left.end.numpy()[rows, None]
-    place = np.arange(left.listed)
-    inside = np.where((place >= start) & (place < end), left.weights.numpy()[rows], 0.0)
+def _wide(left: Left, cuts: Truncation) -> NDArray[np.bool_]:
+    """bool [R], rows whose draw goes in the order of the token ids."""
+    size = left.values.shape[1]
+    others = [COLUMNS.index(name) for name in ("top_n_sigma", "typical_p", "epsilon", "eta")]
+    plain = (cuts.numbers[:, others] == np.array(OFF)[others]).all(axis=1)
+    top_k = cuts.column("top_k")
+    before = plain & (cuts.column("top_p") < 1) & (top_k >= WIDE) & (top_k < size)
+    wide: NDArray[np.bool_] = before | ((left.end - left.start).numpy() >= WIDE)
+    return wide & (size > WIDE)
+
+
+def _falling(logits: Tensor, left: Left, uniform: Doubles) -> Ints:
+    """Draw from the windows of `left`, whose logits are given, in the order of falling z."""
+    top = left.values.numpy()
+    inside = torch.where(left.inside(), left.weights, 0.0).numpy()
     cumulative = np.cumsum(inside, axis=1)
     rank = first_above(cumulative, uniform * cumulative[:, -1])
-    values = top[np.arange(len(rows)), rank]
+    values = top[np.arange(len(top)), rank]
     nth = rank - np.argmax(top == values[:, None], axis=1)
     return nth_equal(logits, values, nth)
-
-
-def _take(logits: Tensor, rows: Ints) -> Tensor:
-    return logits if len(rows) == len(logits) else logits[torch.from_numpy(rows)]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorry.kernels.philox import philox4x32, uniforms
+from lorry.kernels.philox import philox4x32, uniforms, uniforms_reference
 
 VECTORS = [  # Random123's kat_vectors: counter, key, output of philox 4x32, 10 rounds
     ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -43,6 +43,8 @@ def test_uniforms_follow_the_formula_row_by_row(rows: list[tuple[int, int, int]]
     seeds, indices, positions = zip(*rows, strict=True)
     expected = [scalar_uniform(*row, stream) for row in rows]
     assert uniforms(seeds, indices, positions, stream).tolist() == expected
+    columns = (np.array(column, np.uint64) for column in (seeds, indices, positions))
+    assert uniforms_reference(*columns, stream).tolist() == expected
 
 
 @pytest.mark.parametrize("axis", ["seed", "index", "position"])
@@ -55,3 +57,8 @@ def test_uniforms_are_uniform_along_every_axis(axis: str) -> None:
     chi_square = float(((cells - count / 100) ** 2 / (count / 100)).sum())
     assert chi_square < 149.4  # 99 degrees of freedom, p = 0.0008; the draws are fixed
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.03
+
+
+def test_columns_of_unequal_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="of one length, not 2, 1, 2"):
+        uniforms([1, 2], [0], [0, 0])

@@ -38,21 +38,7 @@ def weights_of(logits: Tensor, temperatures: np.ndarray) -> np.ndarray:
 def test_totals(size: int) -> None:
     logits, temperatures = rows_of(size), temperatures_of(7)
     weights = weights_of(logits, temperatures)
-    mass, energy = vocabulary.totals(logits, temperatures, with_energy=True)
-    np.testing.assert_allclose(mass, weights.sum(1), rtol=3e-6)
-    logs = np.log(np.where(weights > 0, weights, 1.0))
-    np.testing.assert_allclose(energy, (weights * logs).sum(1), rtol=1e-5, atol=1e-5)
-    alone, none = vocabulary.totals(logits, temperatures, with_energy=False)
-    assert np.array_equal(alone, mass) and np.isnan(none).all()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_deviations(size: int) -> None:
-    logits = rows_of(size)
-    logits = torch.cat((logits, torch.full((1, size), -torch.inf)))
-    expected = [row[row > -torch.inf].double() for row in logits]
-    expected = [float(row.var(correction=0).sqrt()) if len(row) else 0.0 for row in expected]
-    np.testing.assert_allclose(vocabulary.deviations(logits), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(vocabulary.totals(logits, temperatures), weights.sum(1), rtol=3e-6)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -96,12 +82,10 @@ def test_the_largest(size: int, count: int) -> None:
 
 def test_a_row_depends_on_no_other() -> None:
     logits, temperatures, uniforms = rows_of(8209), temperatures_of(7), np.linspace(0, 0.99, 7)
-    whole = vocabulary.totals(logits, temperatures, True), vocabulary.deviations(logits)
+    masses = vocabulary.totals(logits, temperatures)
     tokens = vocabulary.draw(logits, temperatures, uniforms)
     for row in range(7):
         one = logits[row : row + 1].contiguous()
         at = slice(row, row + 1)
-        mass, energy = vocabulary.totals(one, temperatures[at], True)
-        assert (mass[0], energy[0]) == (whole[0][0][row], whole[0][1][row])
-        assert vocabulary.deviations(one)[0] == whole[1][row]
+        assert vocabulary.totals(one, temperatures[at])[0] == masses[row]
         assert vocabulary.draw(one, temperatures[at], uniforms[at])[0] == tokens[row]

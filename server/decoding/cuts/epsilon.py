@@ -14,5 +14,4 @@ from lorry.server.decoding.cuts.left import Left
 
 def cut(left: Left, epsilon: Tensor) -> None:
     """epsilon: float64 [R], above 0, below 1."""
-    known = left.known
-    left.shorten((left.weights >= (epsilon * left.mass())[:, None]).sum(1), known)
+    left.shorten((left.weights >= (epsilon * left.mass())[:, None]).sum(1))

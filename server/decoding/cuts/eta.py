@@ -15,7 +15,7 @@ from lorry.server.decoding.cuts.left import Left
 
 def cut(left: Left, epsilon: Tensor) -> None:
     """epsilon: float64 [R], above 0, below 1."""
-    known, mass = left.known, left.mass()
+    mass = left.mass()
     entropy = mass.log() - left.energy() / mass
     eta = torch.minimum(epsilon, epsilon.sqrt() * (-entropy).exp())
-    left.shorten((left.weights >= (eta * mass)[:, None]).sum(1), known)
+    left.shorten((left.weights >= (eta * mass)[:, None]).sum(1))

@@ -13,5 +13,5 @@ from lorry.server.decoding.cuts.left import Left
 
 
 def cut(left: Left, k: Tensor) -> None:
-    """k: int64 [R], >= 1."""
-    left.shorten(left.up_to_equals(k.clamp(max=left.listed)))
+    """k: float64 [R], whole numbers, >= 1."""
+    left.shorten(left.up_to_equals(k.clamp(max=left.values.shape[1]).long()))

@@ -15,7 +15,6 @@ from lorry.server.decoding.cuts.left import Left
 
 def cut(left: Left, p: Tensor) -> None:
     """p: float64 [R], above 0, below 1. Comes before any cut from above."""
-    known = left.known
     ahead = left.mass_to - left.weights
     nucleus = (ahead < (p * left.mass())[:, None]).sum(1).clamp(min=1)
-    left.shorten(left.up_to_equals(nucleus), known)
+    left.shorten(left.up_to_equals(nucleus))

@@ -24,16 +24,9 @@ def cut(left: Left, mass: Tensor) -> None:
     distance = torch.where(inside, (surprise - entropy[:, None]).abs(), torch.inf)
     nearest = distance.argsort(dim=1)  # equals in any order: they stay or go together
     cumulative = torch.where(inside, left.weights, 0.0).gather(1, nearest).cumsum(1)
-    last = (cumulative < (mass * total)[:, None]).sum(1).clamp(max=left.listed - 1)
+    last = (cumulative < (mass * total)[:, None]).sum(1).clamp(max=distance.shape[1] - 1)
     limit = distance.gather(1, nearest).gather(1, last[:, None])
     kept = inside & (distance <= limit)
-    start = kept.to(torch.uint8).argmax(1)
-    # What is not listed is more surprising than the last listed one: all of it is farther away where that one is cut,
-    # beyond the entropy.
-    beyond = (surprise[:, -1] >= entropy) & (distance[:, -1] > limit[:, 0])
-    decided = left.exact | (left.whole & beyond)
-    sound = decided & kept.any(1)
+    start, sound = kept.to(torch.uint8).argmax(1), kept.any(1)  # not in a row of -inf
     left.end = torch.where(sound, start + kept.sum(1), left.end)
     left.start = torch.where(sound, start, left.start)
-    left.exact, left.lost = decided, left.lost | ~decided
-    left.whole = torch.zeros_like(left.whole)
