@@ -12,28 +12,26 @@ before all others, and every OLDEST_EVERY-th admission goes to the oldest, whate
 adapters are not ready is passed over, however many there are; whom `ready` lets in while others wait for room is the
 adapters' business.
 
-The sequences of a search are a unit: they decode in the same step or not at all, and are preempted together. They come
-back one after the other, each sharing what those before it have computed, and meanwhile nobody else
-is admitted; so at most one unit is partly in, and one that is alone always fits, which `add` has seen to.
+The sequences of a search are a unit (`units.py`). While one comes back, member by member, nobody else is admitted; so
+at most one is partly in, and one that is alone always fits, which `add` has seen to.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable, Iterator, Mapping
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
 
 from lorry.server.cache.block_table import BlockTable
 from lorry.server.cache.blocks import BLOCK_SIZE, BlockAllocator, blocks_for
-from lorry.server.cache.prefix import Match, Node, PrefixIndex
+from lorry.server.cache.prefix import PrefixIndex
+from lorry.server.engine import units
 from lorry.server.engine.alarms import Alarms
 from lorry.server.engine.plan import Piece, Plan, first_share
 from lorry.server.engine.sequence import Lease, Request, Sequence, Status
 from lorry.server.errors import AlreadyExists, InvalidField, LorryError, OutOfMemory, PromptTooLong
-from lorry.server.params import Guidance
 
 PROTECT_AFTER = 3
 OLDEST_EVERY = 8
@@ -78,35 +76,9 @@ def _rank(sequence: Sequence) -> tuple[bool, int, int, int]:
     return not protected, -request.message.priority, request.order, sequence.index
 
 
-def _unit_blocks(request: Request, lengths: SequenceOf[int]) -> int:
-    """Blocks that sequences with outputs of these lengths take at most, when they share what a search lets them."""
-    assert request.search is not None
-    if isinstance(request.search, Guidance):
-        return sum(blocks_for(len(prompt) + length) for prompt, length in zip(request.prompts, lengths, strict=True))
-    prompt, longest = len(request.prompt), max(lengths)
-    shared = (prompt + longest - request.search.diverging(longest)) // BLOCK_SIZE
-    return shared + sum(blocks_for(prompt + length) - shared for length in lengths)
-
-
 def _remaining(sequence: Sequence) -> int:
     """Tokens to compute before it decodes; the last one of each in a unit of several waits for all of them."""
     return sequence.length - sequence.computed - (len(sequence.unit) > 1)
-
-
-def _common(one: Sequence, other: Sequence) -> int:
-    """How many tokens both begin with, of those that are computed of the other; not the last of the one."""
-    most = min(one.length - 1, other.computed)
-    pairs = zip(one.tokens(0, most), other.tokens(0, most), strict=True)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), most)
-
-
-def _comes_back(request: Request) -> bool:
-    """Whether one of a unit computes what the rest of the unit will share."""
-    return (
-        request.search is not None
-        and request.guidance is None
-        and any(each.status is Status.RUNNING and each.length - each.computed > 1 for each in request.sequences)
-    )
 
 
 class Scheduler:
@@ -152,31 +124,13 @@ class Scheduler:
                 f"{field} is {request.rows}, at most {self.limits.max_running} sequences run", field=field
             )
         if request.search is not None:
-            self._check_search(request)
+            units.check_fits(request, limit, self.allocator.num_blocks)
         self.requests[request.id] = request
         for index in range(len(request.prompts)):
             sequence = Sequence(request, index, BlockTable(self.allocator))
             request.sequences.append(sequence)
             insort(self.waiting, sequence, key=_rank)
         self.alarms.set(request)
-
-    def _check_search(self, request: Request) -> None:
-        """Refuse a search that could not run to its end with all memory for itself."""
-        prompt, new = max(map(len, request.prompts)), request.message.stopping.max_new_tokens
-        if prompt + new > self.limits.context_length:
-            raise PromptTooLong(
-                f"the prompt has {prompt} tokens and {new} are wanted, together there may be"
-                f" {self.limits.context_length}",
-                prompt_tokens=prompt,
-                max_new_tokens=new,
-                context_length=self.limits.context_length,
-            )
-        needed = _unit_blocks(request, [new] * request.rows)
-        if needed > self.allocator.num_blocks:
-            raise OutOfMemory(
-                f"{request.rows} sequences of {prompt} + {new} tokens may need {needed} blocks, there are"
-                f" {self.allocator.num_blocks}; a smaller max_new_tokens needs fewer"
-            )
 
     def fork(self, parent: Sequence, index: int) -> Sequence:
         """A running sequence that shares all of its running parent's tokens and blocks."""
@@ -337,7 +291,7 @@ class Scheduler:
                 continue
             if sequence.status in (Status.RUNNING, Status.FINISHED) or sequence.unread:
                 continue  # it came as the oldest, its request failed, or it was preempted a moment ago
-            if sequence.width > slots or _comes_back(request):
+            if sequence.width > slots or units.comes_back(request):
                 break
             if unready >= MOST_UNREADY and request.wants in refused:
                 continue
@@ -375,19 +329,16 @@ class Scheduler:
             limit = min(limit, request.score_from - 1)
         if request.observed is not None and request.observed < len(request.prompt):
             limit = min(limit, request.observed)
-        match = self._of_unit(sequence) or self.index.match(sequence.namespace, sequence.tokens(0, limit))
+        match = units.shared(sequence, self.index) or self.index.match(sequence.namespace, sequence.tokens(0, limit))
         self.allocator.share(match.blocks)
         table = BlockTable(self.allocator, match.blocks)
         computed = len(match.blocks) * BLOCK_SIZE
         headroom = len(self.running)  # a block each, so that admission does not preempt at once
         cost = table.cost(computed, sequence.length)
         if request.search is not None:
-            own = [each.status is Status.RUNNING for each in request.live]
-            headroom -= sum(own)
-            if not any(own):  # all of the unit must have room
-                lengths = [len(each.output) for each in request.live]
-                whole = _unit_blocks(request, lengths) + request.rows - len(lengths)
-                cost = max(cost, whole - len(match.blocks))
+            headroom -= sum(each.status is Status.RUNNING for each in request.live)
+            if not self._runs(request):  # all of the unit must have room
+                cost = max(cost, units.blocks_to_come_back(request) - len(match.blocks))
         if cost + headroom > self.allocator.available:
             table.release()
             return False
@@ -395,24 +346,6 @@ class Scheduler:
         sequence.table, sequence.computed = table, computed
         sequence.registered, sequence.node = len(match.blocks), match.node
         return True
-
-    def _of_unit(self, sequence: Sequence) -> Match | None:
-        """What a sequence of a search shares with those of its unit that are back, from their blocks themselves: the
-        index may know others of the same content, or none."""
-        best, shared = 0, list[int]()
-        for each in sequence.request.sequences:
-            alike = sequence.request.search is not None and each.namespace == sequence.namespace
-            if alike and each.status is Status.RUNNING:
-                found = _common(sequence, each) // BLOCK_SIZE
-                if found >= best:
-                    best, shared = found, each.table.blocks[:found]
-        if not best:
-            return None
-        node: Node = sequence.namespace
-        for number, block in enumerate(shared):
-            tokens = sequence.tokens(number * BLOCK_SIZE, (number + 1) * BLOCK_SIZE)
-            node = self.index.insert(sequence.namespace.before(number, node), tokens, block)
-        return Match(shared, node)
 
     def _start(self, sequence: Sequence, plan: Plan, now: float) -> None:
         request = sequence.request
