@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in the engine's process; before torch is imported
+
 import torch
 import typer
 from rich.console import Console
