@@ -1,33 +1,24 @@
-"""Draws the figures of docs/decoding.md: what each strategy does to one example distribution, by the server's own code.
+"""Draws what each strategy does to one example distribution, by the server's own code: the figures of docs/decoding.md,
+and those of guidance and DoLa in docs/decoding-search.md.
 
 python docs/figures/decoding.py        # writes docs/figures/<strategy>.png
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
+from drawing import BEFORE, BESIDE, KEPT, LOGITS, TOKENS, axes_of, bars, dots, probabilities, save
 
-mpl.use("Agg")
-
-from matplotlib import pyplot
-
+from lorry.server.decoding.dola import contrasted, divergence
+from lorry.server.decoding.guidance import guided
 from lorry.server.decoding.interface import Row
 from lorry.server.decoding.processors import Processors
 from lorry.server.decoding.sampling import Sampling
 from lorry.server.decoding.truncation import Truncation, kept
 from lorry.server.params import Dry, Mirostat, SamplingParams, StoppingParams
-
-FOLDER = Path(__file__).parent
-KEPT, DROPPED, BEFORE = "#3b6fb6", "#d8d8d8", "#d1603d"
-TOKENS = 24
-HEAD = (4.2, 3.3, 3.1, 2.6, 2.4, 2.3, 2.0, 1.9, 1.5, 1.2, 1.0, 0.9)
-LOGITS = torch.tensor([[*HEAD, *np.linspace(0.6, -2.6, TOKENS - len(HEAD)).tolist()]])
 
 CUTS: dict[str, dict[str, Any]] = {
     "top-k": {"top_k": 6},
@@ -50,6 +41,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 TEXT = (6, 3, 0, 2, 2, 8, 6, 3, 1, 6, 3, 0, 2, 2, 5)  # what the penalties look at: prompt, then output from PROMPT on
 PROMPT = 6
+SCALE = 2.0  # of guidance
+STEPS = torch.arange(TOKENS, dtype=torch.float32)
+NEGATIVE = LOGITS + 1.1 * torch.sin(1.9 * STEPS + 0.9)  # what another prompt, or the base, would say
+LAYERS = (2, 4, 6)
+EARLY = torch.stack([0.1 * layer * LOGITS[0] + torch.cos((0.6 + layer / 4) * STEPS) for layer in LAYERS])
 
 
 def row_of(minimum: int = 0, **options: Any) -> Row:
@@ -58,31 +54,13 @@ def row_of(minimum: int = 0, **options: Any) -> Row:
     return Row(0, 0, 0, text[:PROMPT], text[PROMPT:], SamplingParams(**options), stopping, eos_token_ids=(1,))
 
 
-def axes_of(height: float = 1.7) -> tuple[Any, Any]:
-    figure, axes = pyplot.subplots(figsize=(6.4, height), constrained_layout=True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def save(figure: Any, name: str) -> None:
-    figure.savefig(FOLDER / f"{name}.png", dpi=75, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def bars(axes: Any, p: Sequence[float], left: Sequence[bool], label: str) -> None:
-    colors = [KEPT if each else DROPPED for each in left]
-    axes.bar(range(TOKENS), p, color=colors, width=0.8)
-    axes.set(ylabel=label, xlim=(-0.7, TOKENS - 0.3))
-    axes.set_xticks(range(0, TOKENS, 2))
-
-
 def draw_cut(name: str, options: dict[str, Any]) -> None:
     """The distribution, and in blue what is left."""
     low, high = kept(LOGITS, Truncation.of([row_of(**options)])).bounds()
     p = torch.softmax(LOGITS, 1)[0]
     left = ((low <= LOGITS) & (high >= LOGITS))[0]
     figure, axes = axes_of()
-    bars(axes, p.tolist(), left.tolist(), "p")
+    bars(axes, p.tolist(), left.tolist())
     said = ", ".join(f"{key} = {value}" for key, value in options.items())
     axes.set_title(f"{said}: {int(left.sum())} of {TOKENS} tokens, {float(p[left].sum()):.0%}", fontsize=9)
     save(figure, name)
@@ -93,8 +71,8 @@ def draw_change(name: str, options: dict[str, Any]) -> None:
     changed = LOGITS.clone()
     Processors().apply([row_of(**options)], changed)
     figure, axes = axes_of()
-    bars(axes, torch.softmax(changed, 1)[0].tolist(), (changed[0] > -torch.inf).tolist(), "p")
-    axes.plot(range(TOKENS), torch.softmax(LOGITS, 1)[0].tolist(), "o", color=BEFORE, markersize=2.5, label="before")
+    bars(axes, probabilities(changed), (changed[0] > -torch.inf).tolist())
+    dots(axes, probabilities(LOGITS), "before")
     axes.legend(fontsize=8, frameon=False)
     save(figure, name)
 
@@ -102,7 +80,7 @@ def draw_change(name: str, options: dict[str, Any]) -> None:
 def draw_temperature() -> None:
     figure, axes = axes_of()
     for temperature, color in ((0.5, "#7aa6d8"), (1.0, KEPT), (2.0, BEFORE)):
-        p = torch.softmax(LOGITS[0] / temperature, 0).tolist()
+        p = probabilities(LOGITS / temperature)
         axes.plot(range(TOKENS), p, ".-", color=color, label=f"T = {temperature:g}", linewidth=1)
     axes.set(ylabel="p", xlim=(-0.7, TOKENS - 0.3))
     axes.legend(fontsize=8, frameon=False)
@@ -130,9 +108,32 @@ def draw_mirostat() -> None:
     save(figure, "mirostat")
 
 
+def draw_guidance() -> None:
+    figure, axes = axes_of()
+    mixed = guided(LOGITS, NEGATIVE, torch.tensor([SCALE]))
+    bars(axes, probabilities(mixed), [True] * TOKENS, "p'")
+    dots(axes, probabilities(LOGITS), "p, behind the prompt")
+    dots(axes, probabilities(NEGATIVE), "n, behind the negative prompt", BESIDE)
+    axes.legend(fontsize=8, frameon=False, title=f"scale = {SCALE:g}", title_fontsize=8)
+    save(figure, "guidance")
+
+
+def draw_dola() -> None:
+    figure, axes = axes_of()
+    early = int(divergence(LOGITS[0].log_softmax(0), EARLY.log_softmax(1)).argmax())
+    said = f"that of layer {LAYERS[early]}, of {', '.join(map(str, LAYERS))} the least like it"
+    bars(axes, probabilities(contrasted(LOGITS[0], EARLY)[None]), [True] * TOKENS)
+    dots(axes, probabilities(LOGITS), "the model's own")
+    dots(axes, probabilities(EARLY[early : early + 1]), said, BESIDE)
+    axes.legend(fontsize=8, frameon=False)
+    save(figure, "dola")
+
+
 def main() -> None:
     draw_temperature()
     draw_mirostat()
+    draw_guidance()
+    draw_dola()
     for name, options in CUTS.items():
         draw_cut(name, options)
     for name, options in CHANGES.items():
