@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorry.server.commands import request_options as options
+from lorry.server.commands import request_spec
 from lorry.server.commands.client import DEFAULT_SERVER, Server, connect, describe
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class _Conversation:
         self._settings = settings
         self._system = system
         self._messages: list[tuple[str, str]] = []
-        self._spec = options.spec(adapters, **settings)
+        self._spec = request_spec.spec(adapters, **settings)
 
     def command(self, line: str) -> bool:
         """Do what a line with a slash says; False to leave."""
@@ -90,7 +91,7 @@ class _Conversation:
             return False
         if name == "/adapter":
             try:
-                self._spec = options.spec(words, **self._settings)
+                self._spec = request_spec.spec(words, **self._settings)
             except typer.BadParameter as error:
                 typer.secho(error.message, fg=typer.colors.RED, err=True)
         elif name == "/reset":

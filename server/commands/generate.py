@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorry.server.commands import request_options as options
+from lorry.server.commands import request_spec
 from lorry.server.commands.client import DEFAULT_SERVER, Server, connect
 from lorry.server.commands.output import fail
 
@@ -100,7 +101,7 @@ def generate(
     adaptive: options.Adaptive = None,
 ) -> None:
     """Ask a running server for an answer."""
-    spec = options.spec(
+    spec = request_spec.spec(
         adapter,
         request_id=request_id,
         priority=priority,

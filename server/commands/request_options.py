@@ -1,33 +1,15 @@
-"""Options that shape a generation request, and the spec that they make."""
+"""Options that shape a generation request; `request_spec.py` makes the request of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from lorry.server.commands import values
 from lorry.server.config import SpeculationChoice
-
-if TYPE_CHECKING:
-    from lorry.v1 import generation_pb2
 
 _SAMPLING, _SEARCH, _STRUCTURE = "Sampling", "Search", "Structured output"
 _STOPPING, _ANSWER, _SPEED = "Stopping", "Answer", "Speed"
-
-_OF_STRATEGIES = {  # option: strategy, field
-    "beam_width": ("beam", "width"),
-    "length_penalty": ("beam", "length_penalty"),
-    "early_stopping": ("beam", "early_stopping"),
-    "beam_groups": ("beam", "groups"),
-    "diversity_penalty": ("beam", "diversity_penalty"),
-    "contrastive_top_k": ("contrastive", "top_k"),
-    "penalty_alpha": ("contrastive", "penalty_alpha"),
-    "guidance_scale": ("guidance", "scale"),
-    "guide_from_base": ("guidance", "base"),
-    "best_of": ("best_of", "candidates"),
-    "best_of_by": ("best_of", "ranking"),
-}
 
 
 def _option(*names: str, panel: str, help: str, **rest: Any) -> Any:
@@ -257,148 +239,3 @@ Adaptive = Annotated[
     bool | None,
     _option("--adaptive/--no-adaptive", panel=_SPEED, help="Whether fewer are proposed while more do not pay."),
 ]
-
-
-def adapter_refs(adapters: list[str] | None) -> list[generation_pb2.AdapterRef]:
-    """References from `ID` and `ID=WEIGHT`."""
-    from lorry.v1 import generation_pb2
-
-    pairs = [values.adapter(text) for text in adapters or ()]
-    return [generation_pb2.AdapterRef(id=id, weight=weight) for id, weight in pairs]
-
-
-def spec(adapters: list[str] | None, **options: Any) -> generation_pb2.GenerationSpec:
-    """A spec without a prompt. `options`: fields of the spec and its messages by name; None leaves one unset.
-
-    Raises typer.BadParameter for a value that does not fit the field's type.
-    """
-    from lorry.v1 import generation_pb2
-
-    message = generation_pb2.GenerationSpec(adapters=adapter_refs(adapters))
-    if biases := options.pop("logit_bias", None):
-        message.sampling.logit_bias.update(dict(values.biased_token(text) for text in biases))
-    _set_mirostat(message.sampling, options.pop("mirostat", None))
-    _set_dry(message.sampling, options.pop("dry", None), options.pop("dry_breakers", None) or [])
-    for text in options.pop("bad_words", None) or []:
-        message.sampling.bad_words.add(text=text)
-    for text in options.pop("bad_word_ids", None) or []:
-        message.sampling.bad_words.add().token_ids.ids.extend(values.numbers(text, int, "--bad-word-ids"))
-    if (limit := options.pop("time_limit", None)) is not None:
-        message.stopping.time_limit.FromNanoseconds(round(limit * 1e9))
-    _set_strategy(message, {name: options.pop(name, None) for name in _OF_STRATEGIES})
-    _set_dola(message, options.pop("dola", None))
-    _set_structure(message, options)
-    _set_speculation(message, *(options.pop(name, None) for name in ("speculation", "draft_tokens", "adaptive")))
-    parts = (message, message.sampling, message.stopping, message.response)
-    for name, value in options.items():
-        if value is None or value == []:
-            continue
-        part = next(part for part in parts if name in part.DESCRIPTOR.fields_by_name)
-        try:
-            if isinstance(value, list):
-                getattr(part, name).extend(value)
-            else:
-                setattr(part, name, value)
-        except (ValueError, TypeError):
-            option = "--" + name.replace("_", "-")
-            raise typer.BadParameter(f"{value} does not fit {option}") from None
-    return message
-
-
-def _set_dola(message: generation_pb2.GenerationSpec, text: str | None) -> None:
-    from lorry.v1 import generation_pb2
-
-    if text == "low":
-        message.dola.bucket = generation_pb2.LAYER_BUCKET_LOW
-    elif text == "high":
-        message.dola.bucket = generation_pb2.LAYER_BUCKET_HIGH
-    elif text is not None:
-        try:
-            message.dola.layers.extend(values.numbers(text, int, "--dola"))
-        except ValueError:
-            raise typer.BadParameter(f"{text} does not fit --dola") from None
-
-
-def _set_mirostat(sampling: generation_pb2.SamplingParams, text: str | None) -> None:
-    if text is not None:
-        _set_in_order(sampling.mirostat, ("tau", "eta"), values.numbers(text, float, "--mirostat"), "--mirostat")
-
-
-def _set_dry(sampling: generation_pb2.SamplingParams, text: str | None, breakers: list[str]) -> None:
-    if text is None:
-        if breakers:
-            raise typer.BadParameter("--dry-breaker needs --dry")
-        return
-    names = ("multiplier", "base", "allowed_length", "range")
-    _set_in_order(sampling.dry, names, values.numbers(text, float, "--dry"), "--dry")
-    sampling.dry.sequence_breakers.extend(breakers)
-
-
-def _set_in_order(message: Any, names: tuple[str, ...], numbers: list[float], option: str) -> None:
-    """Set the first fields of a message."""
-    if len(numbers) > len(names):
-        raise typer.BadParameter(f"{option} takes {', '.join(names)}")
-    for name, value in zip(names, numbers, strict=False):
-        whole = message.DESCRIPTOR.fields_by_name[name].type == message.DESCRIPTOR.fields_by_name[name].TYPE_UINT32
-        try:
-            if whole and value != int(value):
-                raise ValueError
-            setattr(message, name, int(value) if whole else value)
-        except (ValueError, OverflowError):
-            raise typer.BadParameter(f"{value:g} does not fit {name} of {option}") from None
-
-
-def _set_strategy(message: generation_pb2.GenerationSpec, options: dict[str, Any]) -> None:
-    for option, value in options.items():
-        if value is None:
-            continue
-        strategy, name = _OF_STRATEGIES[option]
-        if message.WhichOneof("strategy") not in (None, strategy):
-            raise typer.BadParameter("beam search, contrastive search, guidance and --best-of exclude each other")
-        part = getattr(message, strategy)
-        try:
-            if (enum := part.DESCRIPTOR.fields_by_name[name].enum_type) is not None:
-                names = {each.rsplit("_", 1)[1].lower(): number for each, number in enum_values(enum) if number}
-                if value not in names:
-                    raise ValueError(value)
-                value = names[value]
-            setattr(part, name, value)
-        except (ValueError, TypeError):
-            raise typer.BadParameter(f"{value} does not fit --{option.replace('_', '-')}") from None
-
-
-def enum_values(enum: Any) -> list[tuple[str, int]]:
-    """Names and numbers of a protobuf enum."""
-    return [(value.name, value.number) for value in enum.values]
-
-
-def _set_structure(message: generation_pb2.GenerationSpec, options: dict[str, Any]) -> None:
-    """Take the options of structured output out of `options`."""
-    found = {name: options.pop(name, None) for name in ("json_schema", "json_object", "regex", "choice", "grammar")}
-    given = {name: value for name, value in found.items() if value}
-    skip_forced = options.pop("skip_forced", False)
-    if len(given) > 1:
-        raise typer.BadParameter(f"--{' and --'.join(given)} exclude each other".replace("_", "-"))
-    if skip_forced and not given:
-        raise typer.BadParameter("--skip-forced needs --json-schema, --json-object, --regex, --choice or --grammar")
-    for name, value in given.items():
-        wanted = message.structured_output
-        if name == "choice":
-            wanted.choice.values.extend(value)
-        else:
-            setattr(wanted, name, values.file_or_text(value) if name in ("json_schema", "grammar") else value)
-        wanted.skip_forced = skip_forced
-
-
-def _set_speculation(
-    message: generation_pb2.GenerationSpec, proposer: str | None, most: int | None, adaptive: bool | None
-) -> None:
-    from lorry.v1 import generation_pb2
-
-    name = proposer and "SPECULATION_PROPOSER_" + proposer.upper().replace("-", "_")
-    try:
-        wanted = generation_pb2.Speculation(proposer=name, max_draft_tokens=most, adaptive=adaptive)
-    except ValueError:
-        raise typer.BadParameter(f"{most} does not fit --draft-tokens") from None
-    if wanted.ListFields():
-        message.speculation.CopyFrom(wanted)

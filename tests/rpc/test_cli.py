@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 import lorry
 from lorry.server import errors
 from lorry.server.cli import app
-from lorry.server.commands import config_options, values
+from lorry.server.commands import config_options, request_spec, values
 from lorry.server.config import EngineConfig, ServerConfig, engine_config_from_json, to_json
 from lorry.server.engine.messages import AdapterState, Dry, Mirostat
 from lorry.server.frontend.request import ChatMessage, ChatPrompt, SpeculationWish, TextPrompt, TokenPrompt
@@ -284,6 +284,29 @@ async def test_adapters(frontend: Any, address: str, helpers: Any) -> None:
 def test_sizes(text: str, size: int) -> None:
     assert values.size(text) == size
     assert values.size(values.size_text(size)) == size
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seed", -1, "-1 does not fit --seed; accepted: whole numbers, 0 to 18446744073709551615"),
+        ("top_k", 2**32, "4294967296 does not fit --top-k; accepted: whole numbers, 0 to 4294967295"),
+        ("priority", 2**31, "2147483648 does not fit --priority; accepted: whole numbers, ±2147483647"),
+        ("allowed_token_ids", [3, -1], "[3, -1] does not fit --allowed-token-id; accepted: whole numbers, 0 to"),
+        ("logit_bias", ["-1=3"], "-1=3 does not fit --logit-bias; accepted: token ids of 0 to 4294967295"),
+        ("bad_word_ids", ["4,-1"], "4,-1 does not fit --bad-word-ids; accepted: token ids of 0 to 4294967295"),
+        ("time_limit", 1e30, "1e+30 does not fit --time-limit; accepted: above 0 to 86400 seconds"),
+        ("dola", "3,-1", "3,-1 does not fit --dola; accepted: low, high, or layers, 0 to 4294967295"),
+        ("dry", "0.8,1.75,2.5", "2.5 does not fit allowed_length of --dry; accepted: whole numbers, 0 to"),
+        ("beam_width", -2, "-2 does not fit --beam-width; accepted: whole numbers, 0 to 4294967295"),
+        ("best_of_by", "most", "most does not fit --best-of-by; accepted: mean or sum"),
+        ("draft_tokens", -2, "-2 does not fit --draft-tokens; accepted: 0 to 4294967295"),
+    ],
+)
+def test_what_no_field_holds_is_refused_by_its_option(name: str, value: Any, said: str) -> None:
+    with pytest.raises(typer.BadParameter) as refused:
+        request_spec.spec(None, **{name: value})
+    assert refused.value.message.startswith(said)
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "1 QiB", "1e9", "1.MiB"])
