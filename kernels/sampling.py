@@ -13,7 +13,8 @@ the same token on a CPU and on a GPU, unless u lies within rounding of a boundar
     min-p: p[t] >= min_p · max p             equal z are kept or dropped together
 
 What comes before a token: all of larger z and the equal ones of smaller id. In rows without truncation, and in those
-that keep `SORTED` tokens or more (or more before top-p) of a longer vocabulary: the tokens of smaller id.
+that keep `SORTED` tokens or more of a longer vocabulary, or whose top-k leaves that many to top-p: the tokens of
+smaller id.
 
 Sources: top-p: Holtzman et al. 2020 (arXiv:1904.09751); min-p: Nguyen et al. 2024 (arXiv:2407.01082); repetition
 penalty: Keskar et al. 2019 (arXiv:1909.05858).
@@ -31,6 +32,8 @@ from lorry.kernels import dispatch, native, philox, vocabulary
 
 SORTED = 2048  # rows that keep fewer tokens are drawn from in the order of falling z
 TINY = 1e-30  # least temperature above 0
+_LIST = (torch.int32, torch.int32, torch.float32)
+_PENALIZE = (*_LIST, *_LIST, *[torch.float32] * 3, torch.int64)  # of the arguments behind the logits
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,11 @@ def penalize(
     library = native.library()
     assert library is not None
     lists = [x for part in (bias, counts) for x in ((part.starts, part.token_ids, part.values) if part else [None] * 3)]
-    pointers = (x if x is None else x.data_ptr() for x in (*lists, repetition, presence, frequency, last))
+    arguments = (*lists, repetition, presence, frequency, last)
+    for x, dtype in zip(arguments, _PENALIZE, strict=True):
+        if x is not None and (x.dtype is not dtype or not x.is_contiguous()):
+            raise ValueError(f"a list or a penalty must be {dtype} and contiguous, got {x.dtype} {x.stride()}")
+    pointers = (x if x is None else x.data_ptr() for x in arguments)
     native.check(library.penalize(logits.data_ptr(), *logits.shape, *pointers))
 
 

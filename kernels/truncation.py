@@ -27,7 +27,7 @@ def truncated_draw(logits: Tensor, cuts: NDArray[np.float64], uniforms: NDArray[
     `COLUMNS`, a temperature above 0; uniforms: float64 [R] in [0, 1). Returns int64 [R], token ids.
     """
     library = native.library()
-    assert library is not None and cuts.shape == (len(logits), len(COLUMNS))
+    assert library is not None and cuts.shape == (len(logits), len(COLUMNS)) and uniforms.shape == cuts.shape[:1]
     cuts, uniforms = np.ascontiguousarray(cuts, np.float64), np.ascontiguousarray(uniforms, np.float64)
     tokens = np.empty(len(logits), np.int64)
     pointers = cuts.ctypes.data, uniforms.ctypes.data, tokens.ctypes.data

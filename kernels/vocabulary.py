@@ -44,7 +44,7 @@ def totals(logits: Tensor, temperatures: NDArray[np.float32]) -> NDArray[np.floa
 
 
 def nth_equal(logits: Tensor, values: NDArray[np.float32], nth: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The index of the `nth[r]`-th element of row r, from 0, that equals `values[r]`; it must exist. int64 [R]."""
+    """The index of the `nth[r]`-th element of row r, from 0, that equals `values[r]`, or 0; int64 [R]."""
     values, nth = _dense(values, np.float32), _dense(nth, np.int64)
     places = np.empty(len(logits), np.int64)
     pointers = values.ctypes.data, nth.ctypes.data, places.ctypes.data

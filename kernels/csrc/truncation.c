@@ -1,5 +1,5 @@
-/* What truncation leaves of a row, and a draw from it: a window over the row's largest values, in falling order, that one
- * cut after the other narrows. A row in one thread, so that its bits depend on no other row.
+/* What truncation leaves of a row, and a draw from it: a window over the row's largest values, in falling order, that
+ * one cut after the other narrows. A row in one thread, so that its bits depend on no other row.
  *
  *     w[i] = exp((z[i] - max z) / T)      p[i] = w[i] / M       M = Σ w over what is left
  *     H    = -Σ p log p = log M - E / M                         E = Σ w log w over what is left
@@ -19,8 +19,8 @@ struct cuts {
     double temperature, top_n_sigma, top_k, top_p, min_p, typical_p, epsilon, eta;
 };
 
-static const int64_t LISTS[] = {128, 2048, INT64_MAX}; /* lengths, up to the vocabulary's */
-enum { WIDE = 2048 };
+enum { WIDE = 2048 }; /* tokens from which on a draw goes in the order of their ids */
+static const int64_t LISTS[] = {128, WIDE, INT64_MAX}; /* lengths, up to the vocabulary's */
 
 struct left {
     const float *z;
@@ -154,7 +154,7 @@ static void cut_eta(struct left *l, double epsilon) {
     shorten(l, weighing(l, fmin(epsilon, sqrt(epsilon) * exp(-entropy)) * total));
 }
 
-/* Whether the cut with this parameter can be told from the list, which then is not lost. */
+/* Whether the sums that the next cut needs can be told; a list that cannot tell them is lost. */
 static int known(struct left *l) {
     l->lost |= !l->exact && !l->whole;
     return !l->lost;
@@ -203,6 +203,7 @@ static int64_t draw_truncated(const float *z, int64_t n, const struct cuts *c, d
         row_largest(z, n, count, scratch, scratch + ROW_SCRATCH(n));
         list(&l, count, scratch + ROW_SCRATCH(n), numbers);
         if (!narrow(&l, c)) continue;
+        /* A row that is not extended comes to the last list only if WIDE are left, or were left to top-p. */
         const int wide = LISTS[i] == INT64_MAX && (!extended || l.end - l.start >= WIDE);
         return wide ? draw_rising(&l, uniform, scratch, numbers + 3 * count) : draw_falling(&l, uniform);
     }

@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from lorry.kernels import dispatch
 from lorry.kernels.sampling import TokenValues, penalize
+from lorry.kernels.transfer import to_device
 from lorry.server.decoding.interface import Row
-from lorry.server.decoding.scatter import NOTHING, Entries, Floats, Ids, ragged, tensor
+from lorry.server.decoding.scatter import NOTHING, Entries, Floats, Ids, ragged
 
 OFF = np.array([[1.0], [0.0], [0.0]], np.float32)  # repetition, presence, frequency
 
@@ -40,8 +43,13 @@ class Penalties:
             table = self.table(row)
             counted[place] = table.token_ids, table.counts
             parameters[:, place] = penalties(row)
-        lists = (tensor(part, logits) for part in ragged(counted, logits.shape[1]))
-        penalize(logits, None, TokenValues(*lists), *tensor(parameters, logits))
+        lists = ragged(counted, logits.shape[1])
+        if dispatch.on_gpu(logits):  # a kernel compiled for `on_device.begin`: with every argument, all aligned
+            none, last = ragged([NOTHING] * len(logits), logits.shape[1]), np.full(len(logits), -1, np.int64)
+            sent = to_device([*none, *lists, *parameters, last], logits.device)
+            penalize(logits, TokenValues(*sent[:3]), TokenValues(*sent[3:6]), *sent[6:])
+        else:
+            penalize(logits, None, TokenValues(*map(torch.from_numpy, lists)), *torch.from_numpy(parameters))
 
     def release(self, key: int) -> None:
         self._tables.pop(key, None)

@@ -13,8 +13,8 @@ transformers has no 3 and 4: presence and frequency stand where vLLM has them, b
 penalties, as in llama.cpp and text-generation-webui. 5 to 8 forbid tokens, in one step (`bans.py`). What cuts the
 distribution comes behind all of them (`truncation.py`).
 
-Every step is a gather and a scatter of the few logits it changes, over all its rows at once. Rows without the step are
-not touched, and cost nothing. `lists.py` says the same to a device that is not waited for.
+Every step changes few logits, those of all its rows at once. Rows without the step are not touched, and cost nothing.
+`lists.py` says the same to a device that is not waited for.
 """
 
 from __future__ import annotations

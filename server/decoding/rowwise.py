@@ -64,7 +64,7 @@ def _candidates(logits: Tensor, count: int) -> NDArray[np.float32]:
 
 
 def nth_equal(logits: Tensor, values: NDArray[np.float32], nth: Ints) -> Ints:
-    """The index of the `nth[r]`-th element of row r, from 0, that equals `values[r]`; it must exist.
+    """The index of the `nth[r]`-th element of row r, from 0, that equals `values[r]`; 0 if there is none.
 
     logits: float32 [R, V]; values: float32 [R]; nth: int64 [R]. Returns int64 [R].
     """
@@ -73,7 +73,7 @@ def nth_equal(logits: Tensor, values: NDArray[np.float32], nth: Ints) -> Ints:
     equal = logits.numpy() == values[:, None]
     found = np.asarray(equal.argmax(axis=1), np.int64)
     for row in np.flatnonzero(nth):
-        found[row] = np.flatnonzero(equal[row])[nth[row]]
+        found[row] = next(iter(np.flatnonzero(equal[row])[nth[row] :]), 0)
     return found
 
 

@@ -47,6 +47,6 @@ def check_inside(token_ids: Ids, vocabulary: int) -> None:
         raise IndexError(f"token ids from {token_ids.min()} to {token_ids.max()} in a vocabulary of {vocabulary}")
 
 
-def tensor(values: Floats | Ids, logits: Tensor) -> Tensor:
+def tensor(values: Floats, logits: Tensor) -> Tensor:
     """The numbers where the logits are."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(logits.device)

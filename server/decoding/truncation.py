@@ -8,8 +8,8 @@ transformers has no top-nσ; it stands where llama.cpp has it, before the others
 says it in torch, for a vocabulary sorted by whoever has the logits: a GPU, a CPU without a compiler, the tests. A CPU
 with one leaves it to `lorry.kernels.truncation`, which does not sort.
 
-A draw goes through what is left in the order of falling z. Where that is 2048 tokens or more of a longer vocabulary, or
-was before top-p in a row with no cuts but top-k, top-p and min-p, it goes in the order of the token ids.
+A draw goes through what is left in the order of falling z. It goes in the order of the token ids where that is 2048
+tokens or more of a longer vocabulary, or where top-k left that many to top-p in a row with no other cut but min-p.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def _wide(left: Left, cuts: Truncation) -> NDArray[np.bool_]:
     others = [COLUMNS.index(name) for name in ("top_n_sigma", "typical_p", "epsilon", "eta")]
     plain = (cuts.numbers[:, others] == np.array(OFF)[others]).all(axis=1)
     top_k = cuts.column("top_k")
-    before = plain & (cuts.column("top_p") < 1) & (top_k >= WIDE) & (top_k < size)
+    of_top_k = left.up_to_equals(torch.from_numpy(np.minimum(top_k, size)).long()).numpy()
+    before = plain & (cuts.column("top_p") < 1) & (top_k < size) & (of_top_k >= WIDE)
     wide: NDArray[np.bool_] = before | ((left.end - left.start).numpy() >= WIDE)
     return wide & (size > WIDE)
 

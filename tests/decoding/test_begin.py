@@ -274,8 +274,12 @@ class Forbid:
 
 def test_what_cannot_begin_is_decided(make_row: MakeRow, monkeypatch: pytest.MonkeyPatch) -> None:
     strategy = Sampling(Processors([*default_chain(), Forbid()]))
-    rows = [make_row(key=0, logprobs=2, temperature=0.0), make_row(key=1, logprobs=2, repetition_penalty=1.5)]
-    assert [strategy.can_begin(row) for row in rows] == [True, False]
+    rows = [
+        make_row(key=0, logprobs=2, temperature=0.0),
+        make_row(key=1, logprobs=2, repetition_penalty=1.5),
+        make_row(key=2, logprobs=2, output=[5, 5, 9], repetition_penalty=1.5, frequency_penalty=0.7),
+    ]
+    assert [strategy.can_begin(row) for row in rows] == [True, False, True]
     waiting: list[dict[str, Any]] = [
         {"mirostat": Mirostat()},
         {"dry": Dry(1.0)},
@@ -283,12 +287,14 @@ def test_what_cannot_begin_is_decided(make_row: MakeRow, monkeypatch: pytest.Mon
         {"bad_words": ((1,), (2, 3))},
     ]
     assert not any(Sampling().can_begin(make_row(**each)) for each in waiting)
-    z = logits_of(4, 2)
-    wanted = strategy.decide(rows, z.clone())
+    z = logits_of(4, 3)
+    wanted = strategy.decide(rows, here := z.clone())
     assert wanted[1].token_ids == (0,)
     if not torch.cuda.is_available():
         monkeypatch.setattr(dispatch, "on_gpu", lambda _: True)
-    expect_equal(strategy.decide(rows, z.clone().to("cuda" if torch.cuda.is_available() else "cpu")), wanted)
+    there = z.clone().to("cuda" if torch.cuda.is_available() else "cpu")
+    expect_equal(strategy.decide(rows, there), wanted)
+    assert torch.equal(there.cpu(), here) and not torch.equal(here[2], z[2])
 
 
 def test_a_strategy_begins_nothing_unless_it_says_so(make_row: MakeRow) -> None:

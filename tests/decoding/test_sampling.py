@@ -21,6 +21,8 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
+from lorry.kernels import native
+from lorry.kernels.sampling import Draws, SamplingRows, sample
 from lorry.server.decoding import rowwise
 from lorry.server.decoding.interface import Row
 from lorry.server.decoding.rowwise import argmax, draw, nth_equal, probabilities, top_values
@@ -406,3 +408,50 @@ def test_without_a_compiler_the_same_tokens(
         later = [replace(row, output_token_ids=[0]) for row in rows]  # its thresholds follow from this step's surprise
         thresholds = compiled.mirostat.epsilon(later), plain.mirostat.epsilon(later)
         assert (~np.isclose(*thresholds, rtol=1e-4)).sum() <= 1
+
+
+def test_without_a_compiler_the_same_order_where_equals_of_the_kth_reach_far(
+    make_row: MakeRow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """top-k leaves WIDE or more, as 600 tokens equal the k-th, and top-p fewer than WIDE."""
+    generator = torch.Generator().manual_seed(11)
+    z = torch.randn(2 * WIDE + 3, generator=generator).sort(descending=True).values
+    z[WIDE - 500 : WIDE + 100] = z[WIDE - 500].clone()
+    z = z[torch.randperm(len(z), generator=generator)]
+    rows = [make_row(key=key, seed=key, top_k=WIDE - 50, top_p=0.5) for key in range(20)]
+    logits = z.repeat(20, 1)
+    compiled = choose(rows, logits)
+    monkeypatch.setattr(rowwise.vocabulary, "serves", lambda _: False)
+    assert choose(rows, logits) == compiled
+    nothing = torch.zeros(20, dtype=torch.int64)
+    draws = Draws(torch.arange(20), nothing, nothing)
+    top_k, top_p = torch.full((20,), WIDE - 50, dtype=torch.int32), torch.full((20,), 0.5, dtype=torch.float64)
+    parameters = SamplingRows(torch.ones(20), top_k, top_p, torch.zeros(20, dtype=torch.float64))
+    assert sample(logits, parameters, draws)[0].tolist() == compiled
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("vocabulary", [11, 4099])
+def test_broken_rows_harm_nobody(
+    make_row: MakeRow, vocabulary: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    kinds: list[dict[str, object]] = [
+        {"temperature": 0.0},
+        {},
+        {"top_k": 5, "top_p": 0.9},
+        {"typical_p": 0.9, "top_n_sigma": 1.0, "eta_cutoff": 0.01},
+        {"mirostat": Mirostat()},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "min_p": 0.1},
+    ]
+    rows = [make_row(key=key, seed=key, logprobs=5, **kind) for key, kind in enumerate(kinds * 2)]
+    logits = torch.randn(len(rows), vocabulary, generator=torch.Generator().manual_seed(1))
+    wanted = [found.token_ids for found in Sampling().decide(rows[:6], logits[:6].clone())]
+    for broken in (torch.nan, torch.inf, -torch.inf, 3e38):
+        for every in (1, 3):
+            logits[6:, ::every] = broken
+            found = Sampling().decide(rows, logits.clone())
+            assert [each.token_ids for each in found[:6]] == wanted
+            assert all(0 <= each.token_ids[0] < vocabulary for each in found)

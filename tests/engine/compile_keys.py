@@ -137,6 +137,7 @@ def choose(logits: torch.Tensor, draw: random.Random) -> None:
         SamplingParams(top_k=5, min_p=0.1),
         SamplingParams(top_p=0.5, frequency_penalty=0.5),
         SamplingParams(logit_bias={3: -1.0, 7: 2.0}),
+        SamplingParams(repetition_penalty=1.2, no_repeat_ngram_size=3),
     )
     some = draw.sample(kinds, draw.randint(1, len(kinds)))
     tokens = [[draw.randrange(200) for _ in range(draw.randint(1, 40))] for _ in logits]
@@ -146,6 +147,8 @@ def choose(logits: torch.Tensor, draw: random.Random) -> None:
     ]
     if all(map(strategy.can_begin, rows)):
         strategy.begin(rows, logits, [draw.randint(0, 1) for _ in rows], torch.zeros(len(rows), dtype=torch.int64))
+    else:
+        strategy.decide(rows, logits)
 
 
 def kept(folder: Path) -> dict[str, Any]:

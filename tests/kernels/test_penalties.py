@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,3 +36,14 @@ def test_bits_of_the_reference(with_bias: bool, with_counts: bool, with_last: bo
     penalize_reference(wanted, bias, counts, *parameters, last)
     assert torch.equal(found, wanted)
     assert torch.equal(found, logits) == (not with_bias and not with_counts)
+
+
+def test_lists_of_another_type_are_refused() -> None:
+    """C would read them as something else."""
+    lists, logits = lists_of([3, 0], whole=True), torch.zeros(2, VOCABULARY)
+    off = torch.ones(2), torch.zeros(2), torch.zeros(2)
+    with pytest.raises(ValueError, match="int32 and contiguous, got torch"):
+        penalize(logits, replace(lists, token_ids=lists.token_ids.long()), None, *off)
+    with pytest.raises(ValueError, match="float32 and contiguous, got torch"):
+        penalize(logits, None, lists, torch.ones(4)[::2], *off[1:])
+    assert not logits.any()
