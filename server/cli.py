@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import lorry
-from lorry.server.commands import adapters, chat, demo, generate, quantize, serve
+from lorry.server.commands import adapters, chat, demo, generate, quantize, score, serve
 
 app = typer.Typer(
     name="lorry",
@@ -38,6 +38,7 @@ def main(
 
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
+app.command("score")(score.score)
 app.command("chat")(chat.chat)
 app.add_typer(adapters.app, name="adapters")
 app.command("quantize")(quantize.quantize)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorry.server.commands import request_options as options
-from lorry.server.commands import request_spec
+from lorry.server.commands import request_spec, values
 from lorry.server.commands.client import DEFAULT_SERVER, Server, connect
 from lorry.server.commands.output import fail
 
@@ -165,7 +165,7 @@ def generate(
     if negative_prompt is not None:
         if guidance_scale is None or guide_from_base:
             raise typer.BadParameter("--negative-prompt needs --guidance-scale, and excludes --guide-from-base")
-        _set_prompt(spec.guidance, negative_prompt, chat or system is not None, system, token_ids)
+        _set_prompt(spec.guidance, negative_prompt, chat or system is not None, system, token_ids, "--negative-prompt")
     if stream:
         _stream(server, spec, timeout, as_json)
     else:
@@ -178,6 +178,7 @@ def _set_prompt(
     chat: bool,
     system: str | None,
     token_ids: bool,
+    argument: str = "PROMPT",
 ) -> None:
     if chat and token_ids:
         raise typer.BadParameter("--token-ids and --chat exclude each other")
@@ -186,10 +187,7 @@ def _set_prompt(
             spec.chat.messages.add(role="system", content=system)
         spec.chat.messages.add(role="user", content=text)
     elif token_ids:
-        try:
-            spec.token_ids.ids.extend(int(piece) for piece in text.replace(",", " ").split())
-        except ValueError:
-            raise typer.BadParameter("--token-ids takes numbers from 0 on") from None
+        spec.token_ids.ids.extend(values.token_ids(text, argument))
     else:
         spec.text = text
 

@@ -67,6 +67,17 @@ def numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Numbe
         raise typer.BadParameter(f"{text!r} does not fit {option}: numbers separated by commas") from None
 
 
+def token_ids(text: str, argument: str) -> list[int]:
+    """Token ids of `5, 17 201`; raises typer.BadParameter, which names the argument."""
+    try:
+        found = [int(piece) for piece in text.replace(",", " ").split()]
+    except ValueError:
+        found = [-1]
+    if not all(0 <= token < 1 << 32 for token in found):
+        raise typer.BadParameter("--token-ids takes numbers from 0 on", param_hint=argument)
+    return found
+
+
 def file_or_text(text: str) -> str:
     """What the file of this name holds, or the text itself where there is none."""
     path = Path(text)

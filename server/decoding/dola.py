@@ -6,11 +6,12 @@ not.
             log p_N[t] - 10000
 
 p_N is the model's distribution, p_j = softmax(Head · h_j) of the stream h_j behind j layers (h_0: the embedding),
-without the last norm, as the authors' code has it; JSD(p, q) = (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2. The
-processors and all that follows see z' as logits.
+without the last norm, as the authors' code has it; JSD(p, q) = (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2. z' are
+the logits that log-probabilities are of.
 
-The paper gives a token outside of the head -inf. Here it comes where a ban or a grammar leaves nothing of the head, and
-then as likely as in p_N among what is left; otherwise its probability is 0 in float32 too.
+The paper gives a token outside of the head -inf. So does `narrowed`, behind the processors, unless a ban or a grammar
+has left nothing of the head: then p_N decides among what is left. The processors see log p_N outside of the head
+(`lifted`): a repetition penalty on log p_N[t] - 10000 would be a ban.
 
 Source: Chuang et al. 2023, arXiv:2309.03883. transformers had it as `dola_layers`, with the mean divergence of a batch
 and with KL(m, p) for KL(p, m).
@@ -36,6 +37,24 @@ def contrasted(logits: Tensor, early: Tensor) -> Tensor:
     layer = int(divergence(own, others).argmax()) if len(others) > 1 else 0
     head = own >= own.max() + math.log(RELATIVE_TOP)
     return torch.where(head, own - others[layer], own - OUTSIDE)
+
+
+def lifted(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """z' with log p_N, to 0.0005, outside of the head, and whether a token is outside.
+
+    scores: float32 [R, V], z' of R rows
+    """
+    outside = scores < -OUTSIDE / 2
+    return torch.where(outside, scores + OUTSIDE, scores), outside
+
+
+def narrowed(scores: Tensor, outside: Tensor) -> Tensor:
+    """-inf for what is outside of the head, in rows that have something of it left.
+
+    scores: float32 [R, V], what the processors made of `lifted`'s; outside: bool [R, V]
+    """
+    left = (~outside & (scores > -torch.inf)).any(1, keepdim=True)
+    return scores.masked_fill(outside & left, -torch.inf)
 
 
 def divergence(own: Tensor, others: Tensor) -> Tensor:

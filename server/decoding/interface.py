@@ -57,7 +57,8 @@ adapter) or another prompt, and the loop tells nothing of it. decide mixes their
 from the mix, and continues both with it.
 
 **DoLa** (`dola.py`) is none of these: it takes the place of the logits before anything sees them. The loop has the
-layers it names tapped for its rows, and `decide` gets what the contrast yields.
+layers it names tapped for its rows, and `decide` gets what the contrast yields; sampling narrows it behind the
+processors.
 
 State. A strategy and its processors may keep state per `Row.key`, but it must follow from the row's tokens: a
 preempted sequence comes back with the same key and the same tokens, a fork with a new key and its parent's

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lorry.kernels import dispatch
 from lorry.kernels.philox import uniforms
-from lorry.server.decoding import on_device
+from lorry.server.decoding import dola, on_device
 from lorry.server.decoding.interface import Continuation, Pending, Row, Strategy
 from lorry.server.decoding.lists import listed, token_lists
 from lorry.server.decoding.logprobs import token_logprobs
@@ -44,12 +44,12 @@ class Sampling(Strategy):
 
     @torch.inference_mode()
     def decide(self, rows: Sequence[Row], logits: Tensor, hidden_states: Tensor | None = None) -> list[Continuation]:
-        """One continuation of one token per row, in order. Overwrites the logits of rows with processors."""
+        """One continuation of one token per row, in order. Overwrites the logits of rows with processors or DoLa."""
         asking = [place for place, row in enumerate(rows) if row.logprobs is not None]
         if dispatch.on_gpu(logits):
             return self._decide_on_device(rows, logits, bool(asking))
         raw = logits[asking] if asking else None
-        self.processors.apply(rows, logits)
+        self._process(rows, logits)
         tokens = choose(rows, logits, self.mirostat)
         if raw is None:
             return [Continuation(place, (token,)) for place, token in enumerate(tokens)]
@@ -66,12 +66,22 @@ class Sampling(Strategy):
             for place, token in enumerate(tokens)
         ]
 
+    def _process(self, rows: Sequence[Row], logits: Tensor) -> None:
+        """The processors, in place; contrasted rows are narrowed to their head behind them."""
+        contrasted = [place for place, row in enumerate(rows) if row.sampling.dola is not None]
+        if not contrasted:
+            self.processors.apply(rows, logits)
+            return
+        logits[contrasted], outside = dola.lifted(logits[contrasted])
+        self.processors.apply(rows, logits)
+        logits[contrasted] = dola.narrowed(logits[contrasted], outside)
+
     def _decide_on_device(self, rows: Sequence[Row], logits: Tensor, asking: bool) -> list[Continuation]:
         unread = [0] * len(rows)
         if all(self.can_begin(row) for row in rows):
             return self.begin(rows, logits, unread, None).continuations()
         raw = logits.clone() if asking else None
-        self.processors.apply(rows, logits)
+        self._process(rows, logits)
         steered = [place for place, row in enumerate(rows) if _is_steered(row)]
         chosen = [rows[place] for place in steered]
         epsilons = dict(zip(steered, self.mirostat.epsilon(chosen).tolist(), strict=True))
@@ -85,9 +95,9 @@ class Sampling(Strategy):
         return found
 
     def can_begin(self, row: Row) -> bool:
-        """True for every row whose processors lists can tell. Mirostat's next threshold depends on the token's
-        probability, which the host has to read."""
-        return listed(self.processors, row) and not _is_steered(row)
+        """True for every row whose processors lists can tell, and that is not narrowed behind them. Mirostat's next
+        threshold depends on the token's probability, which the host has to read."""
+        return listed(self.processors, row) and not _is_steered(row) and row.sampling.dola is None
 
     @torch.inference_mode()
     def begin(self, rows: Sequence[Row], logits: Tensor, unread: Sequence[int], last: Tensor | None) -> Pending:

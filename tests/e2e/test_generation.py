@@ -186,19 +186,27 @@ def test_searches_answer_at_the_end_with_scores(stub: Any) -> None:
     assert len(answer.completions[0].token_ids) == 7 and not answer.completions[0].HasField("score")
     assert sum(e.HasField("delta") for e in stub.GenerateStream(gn.GenerateStreamRequest(spec=contrastive))) > 1
 
-    sampled = make("sampling { temperature: 1 seed: 7 n: 6 } stopping { max_new_tokens: 9 } response { logprobs: 0 }")
-    candidates = stub.Generate(gn.GenerateRequest(spec=sampled)).completions
-    for ranking, divided in (("MEAN", True), ("SUM", False)):
-        ranked = sorted(
-            ((sum(e.logprob for e in c.logprobs) / (len(c.token_ids) if divided else 1), c.text) for c in candidates),
-            reverse=True,
-        )
-        best = make("sampling { temperature: 1 seed: 7 n: 2 } stopping { max_new_tokens: 9 }")
-        best.best_of.candidates, best.best_of.ranking = 6, gn.BestOfRanking.Value(f"BEST_OF_RANKING_{ranking}")
-        found = stub.Generate(gn.GenerateRequest(spec=best)).completions
-        assert [completion.text for completion in found] == [text for _, text in ranked[:2]]
-        assert [c.score for c in found] == pytest.approx([score for score, _ in ranked[:2]], rel=1e-5)
-        assert [c.index for c in found] == [0, 1] and not any(c.logprobs for c in found)
+    told = []
+    for dola in ("", "dola { layers: [0, 2] }"):
+        wish = f"{dola} stopping {{ max_new_tokens: 9 }} sampling {{ temperature: 1 seed: 7 repetition_penalty: 1.2"
+        sampled = make(f"{wish} n: 6 }} response {{ logprobs: 0 }}")
+        candidates = stub.Generate(gn.GenerateRequest(spec=sampled)).completions
+        for ranking, divided in (("MEAN", True), ("SUM", False)):
+            ranked = sorted(
+                (
+                    (sum(e.logprob for e in c.logprobs) / (len(c.token_ids) if divided else 1), c.text)
+                    for c in candidates
+                ),
+                reverse=True,
+            )
+            best = make(f"{wish} n: 2 }}")
+            best.best_of.candidates, best.best_of.ranking = 6, gn.BestOfRanking.Value(f"BEST_OF_RANKING_{ranking}")
+            found = stub.Generate(gn.GenerateRequest(spec=best)).completions
+            assert [completion.text for completion in found] == [text for _, text in ranked[:2]]
+            assert [c.score for c in found] == pytest.approx([score for score, _ in ranked[:2]], rel=1e-5)
+            assert [c.index for c in found] == [0, 1] and not any(c.logprobs for c in found)
+        told.append({completion.text for completion in candidates})
+    assert told[0] != told[1]
 
 
 def test_filters_leave_the_most_likely_token(stub: Any) -> None:

@@ -194,6 +194,58 @@ def test_where_nothing_of_the_head_is_left_the_model_says(build: Any, generate: 
     assert logprobs_of(answer)[0] < BELOW
 
 
+@pytest.mark.parametrize("allowed", [(), tuple(range(3, 131, 17))], ids=["all", "few"])
+@pytest.mark.parametrize("penalties", [(1.3, 0.0, 0.0), (0.8, 0.5, -0.3)], ids=str)
+def test_penalties_act_on_the_contrast_and_outside_of_the_head_on_the_model(
+    build: Any,
+    generate: Any,
+    dequantized: LlamaForCausalLM,
+    allowed: tuple[int, ...],
+    penalties: tuple[float, float, float],
+) -> None:
+    """Where few tokens are allowed, the head has one of them at times."""
+    text, tokens, outside = prompt(9), [], 0
+    repetition, presence, frequency = penalties
+    lawful = np.isin(np.arange(131), allowed) if allowed else np.ones(131, bool)
+    for _ in range(16):
+        with torch.no_grad():
+            output = dequantized(input_ids=torch.tensor([text + tokens]), output_hidden_states=True)
+            early = torch.stack([dequantized.lm_head(output.hidden_states[layer][:, -1])[0] for layer in ALL])
+        own = output.logits[0, -1].double().numpy()
+        scores, _ = reference(own, early.double().numpy())
+        if not np.isfinite(scores[lawful]).any():
+            scores, outside = np.log(softmax(own)), outside + 1
+        seen, counts = np.isin(np.arange(131), text + tokens), np.bincount(tokens, minlength=131)
+        scores = np.where(seen, np.where(scores < 0, scores * repetition, scores / repetition), scores)
+        scores -= presence * (counts > 0) + frequency * counts
+        tokens.append(int(np.where(lawful, scores, -np.inf).argmax()))
+    shaping = {"repetition_penalty": repetition, "presence_penalty": presence, "frequency_penalty": frequency}
+    engine: LocalEngine = build()
+    (answer,) = engine.generate(generate("d", text, 16, shaping=dola(allowed_token_ids=allowed, **shaping)))
+    assert told(answer) == {0: tokens}
+    assert 0 < outside < 16 if allowed else outside == 0
+
+
+def test_top_n_sigma_measures_the_head(build: Any, generate: Any, dequantized: LlamaForCausalLM) -> None:
+    """Not what is outside of it, far below: a cut of so much would be none."""
+    kept: set[int] = set()
+    cut = 0
+    for seed in range(5):
+        text = prompt(41, seed)
+        with torch.no_grad():
+            output = dequantized(input_ids=torch.tensor([text]), output_hidden_states=True)
+            early = dequantized.lm_head(output.hidden_states[1][:, -1])
+        scores, _ = reference(output.logits[0, -1].double().numpy(), early.double().numpy())
+        head = np.flatnonzero(np.isfinite(scores))
+        kept = set(head[scores[head] >= scores[head].max() - 0.5 * scores[head].std()].tolist())
+        cut += len(head) - len(kept)
+        drawn = generate("d", text, 1, temperature=5.0, seed=seed, n=16, shaping=dola((1,), top_n_sigma=0.5))
+        (answer,) = build().generate(drawn)
+        found = {tokens[0] for tokens in told(answer).values()}
+        assert found <= kept and (len(kept) == 1 or len(found) > 1)
+    assert cut > 5
+
+
 def test_a_fault_of_one_row_is_its_own(build: Any, generate: Any) -> None:
     """A step that cannot be decided as a whole is decided row by row, from the same contrast."""
     requests = cases(generate)[:6]

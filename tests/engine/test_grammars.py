@@ -34,7 +34,7 @@ from lorry.server.engine.messages import (
 from lorry.server.errors import InvalidField
 from lorry.server.model.decoder import Decoder
 from lorry.server.model.load import load_model
-from lorry.server.params import BeamSearch, ContrastiveSearch, Speculation, StructuredOutput
+from lorry.server.params import BeamSearch, ContrastiveSearch, DoLa, Speculation, StructuredOutput
 
 VOCAB, EOS = 49_152, 2
 SHAPE = {
@@ -124,7 +124,8 @@ def engine_of(wide: Decoder, desk: GrammarDesk, adapters: Path) -> Iterator[Buil
 
 
 def request(name: str, wanted: StructuredOutput | None, new: int = 120, **rest: Any) -> Generate:
-    sampling = {key: rest.pop(key) for key in ("temperature", "seed", "n", "top_p") if key in rest}
+    names = ("temperature", "seed", "n", "top_p", "dola", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    sampling = {key: rest.pop(key) for key in (*names, "allowed_token_ids") if key in rest}
     stopping = {key: rest.pop(key) for key in ("min_new_tokens", "stop_token_ids") if key in rest}
     prompt = rest.pop("prompt", [7, 11, 300, 4000])
     adapters = tuple(AdapterRef(each) for each in rest.pop("adapters", ""))
@@ -372,3 +373,77 @@ def test_searches_stay_within_a_grammar(
         texts.append(tokenizer.decode(completion.token_ids, skip_special_tokens=True))
     pattern = wanted.text if wanted.kind == "regex" else "|".join(json.loads(wanted.text))
     assert all(re.fullmatch(pattern, text) for text in texts), texts
+
+
+def contrasting(dola: DoLa | None) -> list[Generate]:
+    """Requests under DoLa and a grammar."""
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": -0.3}
+    codes = StructuredOutput("regex", "([a-f]{3}[0-9]{3} ){3}end")
+    cases: list[dict[str, Any]] = [
+        {"wanted": DATE, "temperature": 0.0, "adapters": "b", "logprobs": 1},
+        {"wanted": codes, "temperature": 1.5, "seed": 2, "n": 3, **penalties},
+        {"wanted": codes, "temperature": 1.5, "seed": 3, "adapters": "a", "top_p": 0.9},
+        {"wanted": schema(), "temperature": 0.0},
+        {"wanted": schema(), "temperature": 1.5, "seed": 4, "adapters": "ab", "n": 2, **penalties},
+        {"wanted": schema(True), "temperature": 1.5, "seed": 6, "n": 2},
+    ]
+    return [request(f"d{place}", dola=dola, **case) for place, case in enumerate(cases)]
+
+
+def tokens_of(answers: Sequence[Any]) -> list[dict[int, list[int]]]:
+    assert all(answer.error is None for answer in answers), [answer.error for answer in answers]
+    return [{index: each.token_ids for index, each in sorted(answer.completions.items())} for answer in answers]
+
+
+def test_contrasted_layers_stay_within_a_grammar(engine_of: Build, tokenizer: Tokenizer) -> None:
+    """Alone and beside others, who keep their tokens, whether or not what is allowed is in the head."""
+    contrasted = contrasting(DoLa((0, 1)))
+    others = [
+        request("plain", None, 15, seed=7, n=2),
+        request("date", DATE, seed=8, temperature=1.5),
+        request("schema", schema(True), seed=9, adapters="b"),
+        request("free", None, 12, seed=10, n=2, dola=DoLa((1,)), presence_penalty=0.5),
+    ]
+    together = engine_of(max_running=32).generate(*contrasted, *others)
+    found = tokens_of(together)
+    for message, answer in zip(contrasted, together, strict=False):
+        wanted = message.sampling.structured_output
+        assert wanted is not None and len(answer.completions) == message.sampling.n
+        for completion in answer.completions.values():
+            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            assert completion.finish is FinishReason.EOS, text
+            if wanted.kind == "regex":
+                assert re.fullmatch(wanted.text, text), text
+            else:
+                jsonschema.validate(json.loads(text), POINT)
+    engine = engine_of()
+    assert [tokens_of(engine.generate(message))[0] for message in (*contrasted, *others)] == found
+    assert tokens_of(engine_of().generate(*others)) == found[len(contrasted) :]
+    assert tokens_of(engine_of().generate(*contrasting(None)[:4])) != found[:4]
+
+
+def test_of_what_a_grammar_leaves_the_contrast_decides(engine_of: Build, tokenizer: Tokenizer) -> None:
+    """Token by token what the same contrast takes of the tokens that the place has."""
+    digits = tuple(sorted(token for text, token in tokenizer.get_vocab().items() if re.fullmatch("[0-9]+", text)))
+    dashes = (tokenizer.token_to_id("-"),)
+    assert len(digits) == 10  # no token has two of them
+    engine = engine_of()
+    for seed in range(3):
+        prompt = [*range(9 + 50 * seed, 20 + 50 * seed)]
+        for dola in (DoLa((0, 1)), DoLa((1,))):
+            (answer,) = tokens_of(engine.generate(request("d", DATE, temperature=0.0, prompt=prompt, dola=dola)))
+            *tokens, end = answer[0]
+            assert len(tokens) == 10 and end == EOS
+            each = [
+                request(
+                    f"t{place}",
+                    None,
+                    1,
+                    temperature=0.0,
+                    prompt=prompt + tokens[:place],
+                    dola=dola,
+                    allowed_token_ids=dashes if place in (4, 7) else digits,
+                )
+                for place in range(10)
+            ]
+            assert [one[0] for one in tokens_of(engine.generate(*each))] == [[token] for token in tokens]

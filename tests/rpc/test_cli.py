@@ -205,6 +205,7 @@ async def test_a_failure_is_one_line_and_exit_code_1(
         ["generate", "--top-k", "-1", "x"],
         ["generate", "--seed", "-1", "x"],
         ["generate", "--token-ids", "one two"],
+        ["generate", "--token-ids", "-1"],
         ["generate", "--token-ids", "--chat", "1 2"],
         ["generate", "--no-such-option", "x"],
         ["generate", "--mirostat", "5,0.1,3", "x"],
@@ -373,7 +374,9 @@ def test_serve_refuses_a_wrong_source() -> None:
     assert done.exit_code == 2 and "scheme" in done.output
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in ("serve", "generate", "score")), ["--version"]]
+)
 def test_start_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from lorry.server.cli import app\n"
